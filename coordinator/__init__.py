@@ -1,0 +1,1 @@
+"""Who does what, and the modules: the state machine, stages, executor and outer optimizer, gRPC service."""

@@ -1,0 +1,1 @@
+"""What is read: documents, tokenizer, packed token shards and their manifest."""

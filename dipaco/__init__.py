@@ -1,0 +1,1 @@
+"""The front door: the `dipaco` command and the small public Python API."""

@@ -1,0 +1,1 @@
+"""One path at a time: router and engine."""

@@ -1,0 +1,209 @@
+"""What a lease asks for and what a worker answers: task specs, their results, and what a worker is able to do.
+
+The coordinator writes specs and reads results, the worker the reverse; both sides validate with pydantic, so a malformed
+message is one clear error. Travels as msgpack inside the .proto's `spec`, `result` and `capabilities` fields.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+import msgpack
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Count = Annotated[int, Field(ge=0)]
+
+
+class MalformedMessage(ValueError):
+    """Bytes on the wire that are not the message they claim to be."""
+
+
+class Message(BaseModel):
+    """A frozen wire record; unknown fields are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class BlobRef(Message):
+    """A blob by content: SHA-256 of its bytes, and its size in bytes."""
+
+    digest: Digest
+    size: Count
+
+
+class ModuleRef(Message):
+    """One version of a module and where it lives (`endpoint` empty: at the coordinator)."""
+
+    module_id: str
+    version: Count
+    blob: BlobRef
+    endpoint: str = ""
+
+
+class Numerics(Message):
+    """How a task must be computed. `auto` device and dtype are resolved by the worker from its own hardware."""
+
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    threads: int = 1
+    micro_batch_rows: int | None = None
+    compile: bool = False
+    checkpoint_activations: bool = False
+
+
+class PathRef(Message):
+    """A path to compose: the model it belongs to and one module a level."""
+
+    model: str
+    path_index: Count
+    modules: list[ModuleRef]
+
+
+class PackSpec(Message):
+    """`tokenize`: one range of documents (text blob) to a token file. `gather`: the sequences of a shard, from token files.
+
+    Output `tokens`: a token file.
+    """
+
+    kind: Literal["pack"] = "pack"
+    mode: Literal["tokenize", "gather"]
+    tokenizer: BlobRef | None = None
+    text: BlobRef | None = None
+    range_index: Count = 0
+    files: list[BlobRef] = []
+    manifest: BlobRef | None = None
+    required_bytes: Count = 0
+
+
+class FeaturizeSpec(Message):
+    """Features z of the sequences of one token file under the base path, and what the router makes of them.
+
+    `sample`: output `features`, a seeded sample of z. `assign`: output `assignments`, the `top_n` shards of every sequence.
+    `route`: output `routes`, the path of every evaluated sequence and of its chunks for each interval (tokens).
+    """
+
+    kind: Literal["featurize"] = "featurize"
+    mode: Literal["sample", "assign", "route"]
+    base: PathRef
+    tokens: BlobRef
+    prefix_tokens: int
+    numerics: Numerics
+    sample_share: float = 1.0
+    seed: int = 0
+    router: BlobRef | None = None
+    top_n: int = 1
+    intervals: list[int] = []
+    max_sequences: int | None = None
+    required_bytes: Count = 0
+
+
+class TrainSpec(Message):
+    """`steps` inner AdamW steps of one shard on its path, from module versions and the shard's inner state.
+
+    `first_step` is the path's step counter (learning rate), `shard_step` the steps already done in the shard (data cursor).
+    Outputs: one contribution per module id (start minus end; for `assign` the end itself), and `inner_state` where kept.
+    """
+
+    kind: Literal["train"] = "train"
+    path: PathRef
+    shard: Count
+    tokens: list[BlobRef]
+    inner_state: BlobRef | None
+    adam_step: Count
+    phase: Count
+    first_step: Count
+    steps: int
+    total_steps: int
+    shard_step: Count
+    order_seed: Count
+    outer: Literal["nesterov", "assign"]
+    numerics: Numerics
+    required_bytes: Count = 0
+
+
+class EvaluateSpec(Message):
+    """Losses of the evaluated sequences of one token file under one path, by chunk of `chunk_tokens` after the prefix.
+
+    Output `losses`. `selection` (uint32 positions in the file) limits it to some sequences.
+    """
+
+    kind: Literal["evaluate"] = "evaluate"
+    path: PathRef
+    tokens: BlobRef
+    prefix_tokens: int
+    chunk_tokens: int
+    numerics: Numerics
+    max_sequences: int | None = None
+    selection: BlobRef | None = None
+    required_bytes: Count = 0
+
+
+TaskSpec = Annotated[PackSpec | FeaturizeSpec | TrainSpec | EvaluateSpec, Field(discriminator="kind")]
+
+
+class TaskResult(Message):
+    """Outputs by name, counted quantities, and the numbers that go into metrics.
+
+    `loss_sum` in nats over `tokens` target tokens; `step_losses` is the mean loss of each inner step.
+    """
+
+    outputs: dict[str, BlobRef]
+    tokens: Count = 0
+    sequences: Count = 0
+    steps: Count = 0
+    loss_sum: float = 0.0
+    step_losses: list[float] = []
+    seconds: float = 0.0
+    fetched_bytes: dict[str, int] = {}
+
+
+class Capabilities(Message):
+    """What a worker offers: its devices by preference, memory free for a task in bytes, threads and fingerprint class."""
+
+    devices: list[Literal["cpu", "cuda", "mps"]]
+    memory_bytes: Count
+    threads: int
+    fingerprint: str
+    pid: int = 0
+    host: str = ""
+
+
+_SPEC: TypeAdapter[PackSpec | FeaturizeSpec | TrainSpec | EvaluateSpec] = TypeAdapter(TaskSpec)
+
+
+def encode(message: Message) -> bytes:
+    """The msgpack form of a message."""
+    packed: bytes = msgpack.packb(message.model_dump(mode="json"))
+    return packed
+
+
+def _unpack(data: bytes) -> Any:
+    try:
+        return msgpack.unpackb(data, strict_map_key=True, max_buffer_size=16 * 1024 * 1024)
+    except (ValueError, msgpack.UnpackException) as error:
+        raise MalformedMessage(f"not a msgpack message: {error}") from None
+
+
+def decode_spec(data: bytes) -> PackSpec | FeaturizeSpec | TrainSpec | EvaluateSpec:
+    """The task spec in a lease; raises MalformedMessage."""
+    try:
+        return _SPEC.validate_python(_unpack(data))
+    except ValidationError as error:
+        raise MalformedMessage(f"malformed task spec: {error}") from None
+
+
+def decode_result(data: bytes) -> TaskResult:
+    """The result a worker submits; raises MalformedMessage."""
+    try:
+        return TaskResult.model_validate(_unpack(data))
+    except ValidationError as error:
+        raise MalformedMessage(f"malformed task result: {error}") from None
+
+
+def decode_capabilities(data: bytes) -> Capabilities:
+    """What a worker announces; raises MalformedMessage."""
+    try:
+        return Capabilities.model_validate(_unpack(data))
+    except ValidationError as error:
+        raise MalformedMessage(f"malformed capabilities: {error}") from None

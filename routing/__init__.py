@@ -1,0 +1,1 @@
+"""Which path: prefix features, k-means and product k-means, sharding decisions, the router."""

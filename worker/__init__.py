@@ -1,0 +1,1 @@
+"""One machine's loop: lease, fetch, inner steps or scoring, submit, leave."""
