@@ -185,12 +185,17 @@ def _unpack(data: bytes) -> Any:
         raise MalformedMessage(f"not a msgpack message: {error}") from None
 
 
-def decode_spec(data: bytes) -> PackSpec | FeaturizeSpec | TrainSpec | EvaluateSpec:
-    """The task spec in a lease; raises MalformedMessage."""
+def parse_spec(document: Any) -> PackSpec | FeaturizeSpec | TrainSpec | EvaluateSpec:
+    """A task spec from plain data; raises MalformedMessage."""
     try:
-        return _SPEC.validate_python(_unpack(data))
+        return _SPEC.validate_python(document)
     except ValidationError as error:
         raise MalformedMessage(f"malformed task spec: {error}") from None
+
+
+def decode_spec(data: bytes) -> PackSpec | FeaturizeSpec | TrainSpec | EvaluateSpec:
+    """The task spec in a lease; raises MalformedMessage."""
+    return parse_spec(_unpack(data))
 
 
 def decode_result(data: bytes) -> TaskResult:

@@ -1,0 +1,164 @@
+"""The durable side of the state: one SQLite file a run, one transaction a decision, one coordinator at a time.
+
+Rows are stored as JSON by table and key; metrics are appended. A run directory carries a format number and a lock file.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import sqlite3
+from collections.abc import Iterable, Iterator
+from dataclasses import fields
+from pathlib import Path
+from typing import IO, Any
+
+from coordinator.state import Module, Row, Shard, Stage, Standing, Task
+from protocol.tasks import BlobRef
+
+FORMAT = 1
+_ROW_TYPES: dict[str, type[Row]] = {row.table: row for row in (Stage, Task, Module, Shard, Standing)}
+
+
+class RunUnusable(ValueError):
+    """A run directory that cannot be opened: another format, locked, or not a run."""
+
+
+class RunLock:
+    """Holds RUN/lock for as long as the process lives; the system lets go of it when the process dies."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self._file: IO[str] = open(run_dir / "lock", "a+", encoding="utf-8")  # noqa: SIM115 (held open on purpose)
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._file.seek(0)
+            holder = self._file.read().strip() or "unknown"
+            self._file.close()
+            raise RunUnusable(
+                f"run directory {run_dir} is locked by another coordinator (process {holder}); stop that one first"
+            ) from None
+        self._file.truncate(0)
+        self._file.write(str(os.getpid()))
+        self._file.flush()
+
+    def release(self) -> None:
+        self._file.close()
+
+
+class Journal:
+    """Rows and metrics of one run in RUN/state.db."""
+
+    def __init__(self, run_dir: Path, *, read_only: bool = False) -> None:
+        """Open (or create) the journal; raises RunUnusable where the file is of another format or missing to read."""
+        path = run_dir / "state.db"
+        if read_only and not path.is_file():
+            raise RunUnusable(f"{run_dir} is not a run directory: it holds no state.db")
+        self._connection = sqlite3.connect(
+            f"file:{path}{'?mode=ro' if read_only else ''}", uri=True, isolation_level=None, check_same_thread=False
+        )
+        try:
+            version = self._connection.execute("PRAGMA user_version").fetchone()[0]
+        except sqlite3.DatabaseError as error:
+            raise RunUnusable(f"{path} is not readable as a run's state: {error}") from None
+        if version == 0 and not read_only:
+            self._create()
+        elif version != FORMAT:
+            raise RunUnusable(
+                f"run directory {run_dir} has format {version}, this version of dipaco reads format {FORMAT}; "
+                "use the version that made it, or another --run-dir"
+            )
+        if not read_only:
+            self._connection.execute("PRAGMA synchronous=FULL")
+
+    def _create(self) -> None:
+        self._connection.execute("PRAGMA journal_mode=WAL")
+        self._connection.executescript(
+            f"""
+            BEGIN;
+            CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
+            CREATE TABLE rows (kind TEXT NOT NULL, key TEXT NOT NULL, body TEXT NOT NULL, PRIMARY KEY (kind, key));
+            CREATE TABLE metrics (id INTEGER PRIMARY KEY, task_id TEXT NOT NULL UNIQUE, body TEXT NOT NULL);
+            PRAGMA user_version={FORMAT};
+            COMMIT;
+            """
+        )
+
+    def commit(self, rows: Iterable[Row], metrics: Iterable[dict[str, Any]] = ()) -> None:
+        """Store rows and metrics in one transaction: all of them, or (raising) none."""
+        connection = self._connection
+        connection.execute("BEGIN IMMEDIATE")
+        try:
+            connection.executemany(
+                "INSERT INTO rows VALUES (?, ?, ?) ON CONFLICT (kind, key) DO UPDATE SET body = excluded.body",
+                [(row.table, row.key, _encode(row)) for row in rows],
+            )
+            connection.executemany(
+                "INSERT INTO metrics (task_id, body) VALUES (?, ?)",
+                [(metric["task_id"], json.dumps(metric)) for metric in metrics],
+            )
+            connection.execute("COMMIT")
+        except BaseException:
+            if connection.in_transaction:
+                connection.execute("ROLLBACK")
+            raise
+
+    def rows(self) -> Iterator[Row]:
+        """All rows, in the order in which they were first stored."""
+        for kind, body in self._connection.execute("SELECT kind, body FROM rows ORDER BY rowid"):
+            yield _decode(kind, json.loads(body))
+
+    def metrics(self) -> Iterator[dict[str, Any]]:
+        """One record a completed task, in the order of completion."""
+        for (body,) in self._connection.execute("SELECT body FROM metrics ORDER BY id"):
+            yield json.loads(body)
+
+    def has_metric(self, task_id: str) -> bool:
+        """Whether the task was completed."""
+        found = self._connection.execute("SELECT 1 FROM metrics WHERE task_id = ?", (task_id,)).fetchone()
+        return found is not None
+
+    def meta(self, key: str) -> str | None:
+        found = self._connection.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
+        return None if found is None else str(found[0])
+
+    def set_meta(self, key: str, value: str) -> None:
+        self._connection.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, value))
+
+    def close(self) -> None:
+        self._connection.close()
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, BlobRef):
+        return [value.digest, value.size]
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return value
+
+
+def _encode(row: Row) -> str:
+    return json.dumps({part.name: _plain(getattr(row, part.name)) for part in fields(row)}, separators=(",", ":"))
+
+
+def _blob(pair: list[Any] | None) -> BlobRef | None:
+    return None if pair is None else BlobRef(digest=pair[0], size=pair[1])
+
+
+def _decode(kind: str, body: dict[str, Any]) -> Row:
+    row_type = _ROW_TYPES[kind]
+    for name in ("params", "momentum", "manifest", "inner_state"):
+        if name in body:
+            body[name] = _blob(body[name])
+    for name in ("history", "files"):
+        if name in body:
+            body[name] = tuple(_blob(pair) for pair in body[name])
+    if "outputs" in body:
+        body["outputs"] = {name: _blob(pair) for name, pair in body["outputs"].items()}
+    for name in ("after", "failures"):
+        if name in body:
+            body[name] = tuple(body[name])
+    return row_type(**body)

@@ -1,0 +1,177 @@
+"""The durable facts of a run as frozen rows, and the in-memory tables that hold them. No socket, file, thread or clock.
+
+Everything that decides the outcome is a row; a decision returns the rows it changes, the journal stores them in one
+transaction, and only then are they applied here. Workers and deadlines are not durable: they come back by themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+from protocol.tasks import BlobRef, Capabilities
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """One stage of the run. `step` is the group of tasks it is at; `result` is what later stages read."""
+
+    table: ClassVar[str] = "stages"
+    name: str
+    kind: str
+    model: str
+    after: tuple[str, ...]
+    status: Literal["waiting", "running", "done"] = "waiting"
+    step: int = 0
+    fingerprint: str = ""
+    started_s: float = 0.0
+    finished_s: float = 0.0
+    result: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def key(self) -> str:
+        return self.name
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One unit of work. A TRAIN spec follows from shards and modules when it is leased, others stand in `spec`."""
+
+    table: ClassVar[str] = "tasks"
+    task_id: str
+    stage: str
+    kind: str
+    phase: int
+    subject: str
+    step: int = 0
+    local: bool = False
+    status: Literal["ready", "leased", "done"] = "ready"
+    worker_id: str = ""
+    fence: int = 0
+    spec: dict[str, Any] = field(default_factory=dict)
+    failures: tuple[str, ...] = ()
+    outputs: dict[str, BlobRef] = field(default_factory=dict)
+    result: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def key(self) -> str:
+        return self.task_id
+
+
+@dataclass(frozen=True, slots=True)
+class Module:
+    """The newest durable version of a module, its outer momentum, and the versions kept before it."""
+
+    table: ClassVar[str] = "modules"
+    model: str
+    module_id: str
+    version: int
+    params: BlobRef
+    momentum: BlobRef | None = None
+    history: tuple[BlobRef, ...] = ()
+
+    @property
+    def key(self) -> str:
+        return f"{self.model}/{self.module_id}"
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """A shard of a model: its data, how far it has been trained, and its inner state (AdamW m, v)."""
+
+    table: ClassVar[str] = "shards"
+    model: str
+    shard: int
+    path_index: int
+    files: tuple[BlobRef, ...]
+    training_tokens: int
+    sequences: int
+    manifest: BlobRef | None = None
+    phase: int = 0
+    steps_done: int = 0
+    adam_step: int = 0
+    inner_state: BlobRef | None = None
+
+    @property
+    def key(self) -> str:
+        return f"{self.model}/{self.shard}"
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """Whether the run goes on: `paused` holds the reason in one sentence, `bytes_moved` counts the wire by category."""
+
+    table: ClassVar[str] = "standing"
+    paused: str = ""
+    finished: bool = False
+    bytes_moved: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def key(self) -> str:
+        return "run"
+
+
+Row = Stage | Task | Module | Shard | Standing
+
+
+@dataclass(slots=True)
+class Worker:
+    """A worker as last heard of (monotonic seconds)."""
+
+    worker_id: str
+    name: str
+    capabilities: Capabilities
+    last_seen_s: float
+    task_id: str = ""
+    steps: int = 0
+    loss: float = float("nan")
+    tokens: int = 0
+    lease_started_s: float = 0.0
+
+
+class State:
+    """All rows of a run, by key, and what is known of the workers."""
+
+    def __init__(self, rows: Iterable[Row] = ()) -> None:
+        self.stages: dict[str, Stage] = {}
+        self.tasks: dict[str, Task] = {}
+        self.modules: dict[str, Module] = {}
+        self.shards: dict[str, Shard] = {}
+        self.standing = Standing()
+        self.workers: dict[str, Worker] = {}
+        self.deadlines: dict[str, float] = {}
+        self.apply(rows)
+
+    def apply(self, rows: Iterable[Row]) -> None:
+        """Make rows current that the journal holds already."""
+        for row in rows:
+            match row:
+                case Stage():
+                    self.stages[row.key] = row
+                case Task():
+                    self.tasks[row.key] = row
+                case Module():
+                    self.modules[row.key] = row
+                case Shard():
+                    self.shards[row.key] = row
+                case Standing():
+                    self.standing = row
+
+    def forget_tasks(self, task_ids: Iterable[str]) -> None:
+        """Drop finished tasks from memory; the journal keeps them."""
+        for task_id in task_ids:
+            del self.tasks[task_id]
+
+    def shards_of(self, model: str) -> list[Shard]:
+        """The shards of a model, ascending."""
+        return sorted((row for row in self.shards.values() if row.model == model), key=lambda row: row.shard)
+
+    def modules_of(self, model: str) -> list[Module]:
+        """The modules of a model, by level and index."""
+        rows = (row for row in self.modules.values() if row.model == model)
+        return sorted(rows, key=lambda row: tuple(int(part) for part in row.module_id.split(".")))
+
+    def tasks_of(self, stage: str) -> list[Task]:
+        """The tasks of a stage, in the order in which they were made."""
+        return [row for row in self.tasks.values() if row.stage == stage]

@@ -1,0 +1,357 @@
+"""The state machine under a driver that leases, completes, loses and repeats at random: every rule without a socket."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import random
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from protocol.errors import StaleLease, UnknownTask, UnknownWorker, WrongOutputs
+
+from configs.schema import Config
+from coordinator.machine import Decision, Machine, referenced_digests
+from coordinator.plan import Plan
+from coordinator.state import State, Task
+from protocol.tasks import BlobRef, Capabilities, TaskResult
+
+OFFER = Capabilities(devices=["cpu"], memory_bytes=10**10, threads=1, fingerprint="a")
+
+
+def make_config(**changes: Any) -> Config:
+    experiment: dict[str, Any] = {
+        "model": {"blocks": 2, "hidden_size": 8, "heads": 2, "intermediate_size": 16, "sequence_length": 64},
+        "topology": {
+            "levels": [{"modules": 2, "blocks": [0], "embedding": True}, {"modules": 2, "blocks": [1], "head": True}]
+        },
+        "inner": {"batch_rows": 2, "warmup_steps": 2},
+        "stages": [
+            {"kind": "pretrain", "steps": 4, "inner_steps": 2},
+            {"kind": "shard"},
+            {"kind": "train", "phases": 3, "inner_steps": 2},
+            {"kind": "evaluate"},
+        ],
+        "baselines": [{"name": "dense"}],
+    }
+    experiment.update(changes)
+    return Config.model_validate({"name": "test", "experiment": experiment, "execution": {"lease_s": 10.0}})
+
+
+def ref(*parts: object) -> BlobRef:
+    return BlobRef(digest=hashlib.sha256(repr(parts).encode()).hexdigest(), size=1)
+
+
+def pair(*parts: object) -> list[Any]:
+    return [ref(*parts).digest, 1]
+
+
+def local_result(task: Task, plan: Plan) -> dict[str, Any]:
+    """What the coordinator's own tasks would answer."""
+    if task.kind == "BUILD":
+        splits = ["train", "train", "test"]
+        ranges = [{"index": i, "split": split, "text": pair("text", i)} for i, split in enumerate(splits)]
+        return {"vocab_size": 64, "tokenizer": pair("tokenizer"), "ranges": ranges}
+    if task.kind == "INITIALISE":
+        return {"modules": {module_id: pair("init", module_id) for module_id in plan.dense.module_ids}}
+    if task.kind == "FIT":
+        return {"router": pair("router")}
+    if task.kind == "DIVIDE":
+        return {"shards": [{"manifest": pair("manifest", shard)} for shard in range(plan.mixture.num_shards)]}
+    return {"perplexity": {}}
+
+
+class Driver:
+    """Plays shell, journal, executor and workers around a machine."""
+
+    def __init__(self, config: Config, seed: int = 0) -> None:
+        self.plan = Plan(config)
+        self.now = 0.0
+        self.machine = Machine(self.plan, State(), random.Random(seed))
+        self.stored: dict[tuple[str, str], Any] = {}
+        self.metrics: list[dict[str, Any]] = []
+        self.steps: list[tuple[str, str, int, tuple[str, ...]]] = []
+        self.commit(self.machine.open(0.0))
+        self.settle()
+
+    def commit(self, decision: Decision) -> None:
+        self.stored.update({(row.table, row.key): row for row in decision.rows})
+        self.metrics += decision.metrics
+        self.machine.apply(decision)
+
+    def restart(self) -> None:
+        """A new process on the same journal."""
+        self.machine = Machine(self.plan, State(self.stored.values()), random.Random(1))
+        self.machine.state.forget_tasks(self.machine.consumed())
+        self.commit(self.machine.resume(self.now))
+        self.settle()
+
+    def settle(self) -> None:
+        """Run the coordinator's own work until nothing is left to do."""
+        while True:
+            local, due = self.machine.local_tasks(), self.machine.due_steps()
+            for task in local[:1]:
+                self.commit(self.machine.local_done(task, local_result(task, self.plan), self.now))
+            for step in due[:1]:
+                parts = tuple(blob.digest for _, _, blob in step.contributions)
+                self.steps.append((step.model, step.module.module_id, step.module.version, parts))
+                params = ref(step.model, step.module.module_id, step.module.version, parts)
+                self.commit(self.machine.module_stepped(step, params, ref("momentum", params.digest), self.now))
+            if not local and not due:
+                return
+
+    def hello(self, name: str, capabilities: Capabilities = OFFER) -> str:
+        return self.machine.register("", name, capabilities, self.now)
+
+    def lease(self, worker_id: str) -> Task | None:
+        lease = self.machine.lease(worker_id, frozenset(), self.now)
+        self.commit(lease.decision)
+        return lease.task
+
+    def result(self, task: Task) -> TaskResult:
+        """A pure function of the task, as a real one would be."""
+        spec = self.machine.spec(task).model_dump_json()
+        outputs = {name: ref(task.task_id, spec, name) for name in self.machine.expected_outputs(task)}
+        steps = 2 if task.kind == "TRAIN" else 0
+        return TaskResult(
+            outputs=outputs, tokens=100, sequences=10, steps=steps, loss_sum=1.0, step_losses=[1.0] * steps
+        )
+
+    def complete(self, worker_id: str, task: Task) -> None:
+        result = self.result(task)
+        self.commit(self.machine.complete(worker_id, task.task_id, task.fence, result, self.now, self.now))
+        self.settle()
+
+    def finish(self, worker_id: str) -> None:
+        while (task := self.lease(worker_id)) is not None:
+            self.complete(worker_id, task)
+
+    @property
+    def finished(self) -> bool:
+        return self.machine.state.standing.finished
+
+    def versions(self) -> dict[str, tuple[int, str]]:
+        return {key: (row.version, row.params.digest) for key, row in self.machine.state.modules.items()}
+
+
+def undisturbed(config: Config) -> Driver:
+    driver = Driver(config)
+    driver.finish(driver.hello("one"))
+    assert driver.finished
+    return driver
+
+
+def test_a_run_goes_through_all_its_stages() -> None:
+    driver = undisturbed(make_config())
+    assert [stage.status for stage in driver.machine.state.stages.values()] == ["done"] * 7
+    versions = {key: version for key, (version, _) in driver.versions().items()}
+    assert versions == {
+        **{f"base/{m}": 2 for m in ("0.0", "1.0")},
+        **{f"dense/{m}": 3 for m in ("0.0", "1.0")},
+        **{f"mixture/{m}": 3 for m in ("0.0", "0.1", "1.0", "1.1")},
+    }
+    trained = [metric for metric in driver.metrics if metric["kind"] == "TRAIN"]
+    assert len(trained) == 2 + 3 + 4 * 3
+
+
+def test_a_module_takes_the_contributions_of_its_own_shards_in_shard_order() -> None:
+    driver = undisturbed(make_config())
+    by_module = {(m, v): parts for model, m, v, parts in driver.steps if model == "mixture"}
+    assert len(by_module["0.0", 0]) == len(by_module["1.1", 2]) == 2
+    everything = [part for (module_id, _), parts in by_module.items() for part in parts if module_id.startswith("0.")]
+    assert len(everything) == len(set(everything)) == 12
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.data())
+def test_faults_change_nothing_in_the_result(data: st.DataObject) -> None:
+    """Workers die, repeat themselves and come back late, the coordinator restarts: the same versions, counted once."""
+    config = make_config()
+    reference = undisturbed(config)
+    driver = Driver(config)
+    held: dict[str, Task] = {}
+    workers = [driver.hello(f"worker {index}") for index in range(3)]
+    for _ in range(600):
+        if driver.finished:
+            break
+        worker = data.draw(st.sampled_from(workers))
+        action = data.draw(st.sampled_from(["lease", "complete", "complete", "vanish", "late", "restart", "give back"]))
+        _act(driver, held, worker, action)
+    while not driver.finished:
+        driver.now += 100.0
+        driver.commit(driver.machine.expire(driver.now))
+        driver.finish(driver.hello("last"))
+    assert driver.versions() == reference.versions()
+    assert sorted(m["task_id"] for m in driver.metrics) == sorted(m["task_id"] for m in reference.metrics)
+
+
+def _act(driver: Driver, held: dict[str, Task], worker: str, action: str) -> None:
+    if worker not in driver.machine.state.workers:
+        driver.machine.register(worker, worker, OFFER, driver.now)
+    task = held.get(worker)
+    if action == "restart":
+        driver.restart()
+    elif action == "lease" and task is None:
+        leased = driver.lease(worker)
+        if leased:
+            held[worker] = leased
+    elif action == "vanish":
+        driver.now += 11.0
+        driver.commit(driver.machine.expire(driver.now))
+    elif task is not None and action == "give back":
+        driver.commit(driver.machine.release(worker, task.task_id, task.fence, "", False, driver.now))
+        del held[worker]
+    elif task is not None:
+        with contextlib.suppress(StaleLease, UnknownTask):
+            driver.complete(worker, task)
+        if action == "complete":
+            del held[worker]
+
+
+def test_a_stale_result_changes_nothing() -> None:
+    driver = Driver(make_config())
+    first, second = driver.hello("first"), driver.hello("second")
+    task = driver.lease(first)
+    assert task is not None
+    driver.now = 11.0
+    driver.commit(driver.machine.expire(driver.now))
+    again = driver.lease(second)
+    assert again is not None
+    while again.task_id != task.task_id:
+        driver.complete(second, again)
+        again = driver.lease(second)
+        assert again is not None
+    assert again.fence > task.fence
+    before = dict(driver.stored)
+    with pytest.raises(StaleLease, match="drop the task"):
+        driver.complete(first, task)
+    assert driver.stored == before
+    assert driver.machine.heartbeat(first, task.task_id, task.fence, 1, 0.0, 1, driver.now) == (True, 0.0)
+
+
+def test_heartbeats_keep_a_lease_alive() -> None:
+    driver = Driver(make_config())
+    worker = driver.hello("slow")
+    task = driver.lease(worker)
+    assert task is not None
+    for _ in range(5):
+        driver.now += 8.0
+        lost, _ = driver.machine.heartbeat(worker, task.task_id, task.fence, 1, 2.0, 3, driver.now)
+        driver.commit(driver.machine.expire(driver.now))
+        assert not lost
+    driver.complete(worker, task)
+
+
+def test_wrong_outputs_are_refused() -> None:
+    driver = Driver(make_config())
+    worker = driver.hello("one")
+    task = driver.lease(worker)
+    assert task is not None
+    result = TaskResult(outputs={"something": ref("x")})
+    with pytest.raises(WrongOutputs, match="expected \\['tokens'\\]"):
+        driver.machine.complete(worker, task.task_id, task.fence, result, 0.0, 0.0)
+
+
+def test_an_unknown_worker_is_told_to_say_hello() -> None:
+    with pytest.raises(UnknownWorker, match="say hello"):
+        Driver(make_config()).machine.lease("w0", frozenset(), 0.0)
+
+
+def test_a_task_that_keeps_failing_pauses_the_run_with_the_reasons() -> None:
+    driver = Driver(make_config())
+    task_id = ""
+    for index in range(3):
+        worker = driver.hello(f"worker {index}")
+        task = driver.lease(worker)
+        assert task is not None
+        assert task_id in ("", task.task_id)
+        task_id = task.task_id
+        driver.commit(driver.machine.release(worker, task_id, task.fence, "out of memory", False, 0.0))
+    assert "failed 3 times" in driver.machine.state.standing.paused
+    lease = driver.machine.lease(driver.hello("new"), frozenset(), 0.0)
+    assert lease.task is None
+    assert "paused" in lease.waiting_for
+    driver.restart()
+    assert driver.lease(driver.hello("newer")) is not None
+
+
+def until_training(driver: Driver) -> str:
+    """Work until the next task is a TRAIN task; returns the worker."""
+    worker = driver.hello("packer")
+    while (task := driver.lease(worker)) is not None:
+        if task.kind == "TRAIN":
+            driver.commit(driver.machine.release(worker, task.task_id, task.fence, "", False, driver.now))
+            return worker
+        driver.complete(worker, task)
+    raise AssertionError("no TRAIN task came")
+
+
+def test_a_worker_with_too_little_memory_is_told_so() -> None:
+    driver = Driver(make_config())
+    until_training(driver)
+    small = driver.hello("small", OFFER.model_copy(update={"memory_bytes": 1000}))
+    lease = driver.machine.lease(small, frozenset(), 0.0)
+    assert lease.task is None
+    assert "GB of memory and this worker offers" in lease.waiting_for
+
+
+def test_strict_determinism_pins_a_stage_to_one_class() -> None:
+    driver = Driver(make_config())
+    until_training(driver)
+    other = driver.hello("other", OFFER.model_copy(update={"fingerprint": "b"}))
+    assert "pinned to 'a'" in driver.machine.lease(other, frozenset(), 0.0).waiting_for
+    free = Driver(make_config(determinism="any"))
+    until_training(free)
+    assert free.lease(free.hello("other", OFFER.model_copy(update={"fingerprint": "b"}))) is not None
+
+
+def test_a_device_that_is_missing_is_named() -> None:
+    driver = Driver(make_config(numerics={"device": "cuda"}))
+    worker = driver.hello("cpu only")
+    while (task := driver.lease(worker)) is not None:
+        driver.complete(worker, task)
+    assert "needs device cuda" in driver.machine.lease(worker, frozenset(), 0.0).waiting_for
+
+
+def test_no_task_waits_for_modules_of_other_paths() -> None:
+    """No global barrier: with both paths of module 0.0 and all of level 1 in, the others may lag."""
+    config = make_config(
+        topology={
+            "levels": [{"modules": 2, "blocks": [0, 1], "embedding": True, "head": True}],
+        }
+    )
+    driver = Driver(config)
+    worker = until_training(driver)
+    seen: list[str] = []
+    while (task := driver.lease(worker)) is not None:
+        seen.append(task.task_id)
+        if task.task_id == "train/TRAIN/0/1":
+            break
+        driver.complete(worker, task)
+    other = driver.hello("other")
+    phases = []
+    while (task := driver.lease(other)) is not None and task.stage != "evaluate":
+        phases.append(task.task_id)
+        driver.complete(other, task)
+    assert "train/TRAIN/2/0" in phases
+
+
+def test_blobs_that_rows_name_are_referenced() -> None:
+    driver = undisturbed(make_config())
+    state = driver.machine.state
+    digests = referenced_digests(state)
+    assert {row.params.digest for row in state.modules.values()} <= digests
+    assert ref("router").digest in digests
+    assert ref("init", "0.0").digest not in digests
+
+
+@pytest.mark.parametrize("kind", ["random", "all"])
+def test_other_shardings_need_no_router(kind: str) -> None:
+    levels = {"levels": [{"modules": 1, "blocks": [0, 1], "embedding": True, "head": True}], "replicas": 3}
+    if kind == "all":
+        levels["replicas"] = 1
+    driver = undisturbed(make_config(topology=levels, sharding={"kind": kind}))
+    assert driver.machine.state.modules["mixture/0.0"].version == 3
+    assert len(driver.machine.state.shards_of("mixture")) == (3 if kind == "random" else 1)
