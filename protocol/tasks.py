@@ -178,7 +178,8 @@ def encode(message: Message) -> bytes:
     return packed
 
 
-def _unpack(data: bytes) -> Any:
+def unpack(data: bytes) -> Any:
+    """The plain value in a msgpack message of at most 16 MiB; raises MalformedMessage."""
     try:
         return msgpack.unpackb(data, strict_map_key=True, max_buffer_size=16 * 1024 * 1024)
     except (ValueError, msgpack.UnpackException) as error:
@@ -195,13 +196,13 @@ def parse_spec(document: Any) -> PackSpec | FeaturizeSpec | TrainSpec | Evaluate
 
 def decode_spec(data: bytes) -> PackSpec | FeaturizeSpec | TrainSpec | EvaluateSpec:
     """The task spec in a lease; raises MalformedMessage."""
-    return parse_spec(_unpack(data))
+    return parse_spec(unpack(data))
 
 
 def decode_result(data: bytes) -> TaskResult:
     """The result a worker submits; raises MalformedMessage."""
     try:
-        return TaskResult.model_validate(_unpack(data))
+        return TaskResult.model_validate(unpack(data))
     except ValidationError as error:
         raise MalformedMessage(f"malformed task result: {error}") from None
 
@@ -209,6 +210,6 @@ def decode_result(data: bytes) -> TaskResult:
 def decode_capabilities(data: bytes) -> Capabilities:
     """What a worker announces; raises MalformedMessage."""
     try:
-        return Capabilities.model_validate(_unpack(data))
+        return Capabilities.model_validate(unpack(data))
     except ValidationError as error:
         raise MalformedMessage(f"malformed capabilities: {error}") from None
