@@ -1,0 +1,90 @@
+"""How many bytes a task needs on a worker: what a lease is weighed against. Pure arithmetic on the shape of a path.
+
+An estimate from above, for float32 master weights: parameters, gradients, AdamW's m and v, the copy of the start that
+the outer gradient is taken from, and the activations of one micro batch. Interpreter and libraries are not counted: a
+worker offers what is free after they are loaded.
+
+Legend: H hidden size, I intermediate size, Q queries and K keys of a token (heads times head size), V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from configs.schema import ModelConfig
+from model.layout import level_tensors
+from model.topology import Level
+
+Dtype = Literal["auto", "float32", "bfloat16"]
+
+# Copies of the parameters while training: themselves, gradients, AdamW's m and v, the start, one temporary of a step.
+_TRAIN_COPIES = 6
+# Copies while reading only: the model, and the file they are loaded from.
+_READ_COPIES = 2
+# Sequences that a worker runs at once where it keeps no activations.
+_READ_ROWS = 8
+# Token files, buffers and allocator slack.
+_OVERHEAD_BYTES = 32 * 1024**2
+
+
+def train_bytes(
+    model: ModelConfig,
+    vocab_size: int,
+    rows: int,
+    sequence_length: int | None = None,
+    dtype: Dtype = "auto",
+    checkpoint_activations: bool = False,
+) -> int:
+    """Bytes that inner steps on one path need with micro batches of `rows` rows of `sequence_length` tokens."""
+    length = sequence_length or model.sequence_length
+    tokens = rows * length
+    block = tokens * _block_bytes_per_token(model)
+    if checkpoint_activations:
+        kept = model.blocks * tokens * 4 * model.hidden_size + 2 * block
+    else:
+        kept = (model.blocks + 1) * block
+    logits = 3 * tokens * 4 * vocab_size  # scores, their log-softmax, their gradient
+    mask = 2 * tokens * 4 * length
+    return _parameter_bytes(model, vocab_size, _TRAIN_COPIES, dtype) + kept + logits + mask + _OVERHEAD_BYTES
+
+
+def evaluate_bytes(
+    model: ModelConfig,
+    vocab_size: int,
+    rows: int = _READ_ROWS,
+    sequence_length: int | None = None,
+    dtype: Dtype = "auto",
+) -> int:
+    """Bytes that the losses of `rows` sequences at once need: no gradients, one block's activations at a time."""
+    length = sequence_length or model.sequence_length
+    tokens = rows * length
+    working = tokens * _block_bytes_per_token(model) + 2 * tokens * 4 * vocab_size + 2 * tokens * 4 * length
+    return _parameter_bytes(model, vocab_size, _READ_COPIES, dtype) + working + _OVERHEAD_BYTES
+
+
+def featurize_bytes(
+    model: ModelConfig, vocab_size: int, rows: int = 256, prefix_tokens: int = 32, dtype: Dtype = "auto"
+) -> int:
+    """Bytes that the prefix features of `rows` sequences at once need; no scores are computed."""
+    tokens = rows * (prefix_tokens + 1)
+    working = tokens * _block_bytes_per_token(model)
+    return _parameter_bytes(model, vocab_size, _READ_COPIES, dtype) + working + _OVERHEAD_BYTES
+
+
+def _parameter_bytes(model: ModelConfig, vocab_size: int, copies: int, dtype: Dtype) -> int:
+    """The copies in float32, and one in bfloat16 that autocast may hold beside them."""
+    whole_path = Level(0, 1, tuple(range(model.blocks)), embedding=True, head=True, per_path=False)
+    parameters = sum(tensor.num_elements for tensor in level_tensors(model, vocab_size, whole_path))
+    return parameters * (4 * copies + (0 if dtype == "float32" else 2))
+
+
+def _block_bytes_per_token(model: ModelConfig) -> int:
+    """What one block keeps of one token for the backward pass, in float32; autocast keeps no more.
+
+    Two norms (input, normed, scaled), queries, keys and values before and after rotation, the mixed values and their
+    copy in token order, and gate, its SiLU, up and their product.
+    """
+    queries, keys = model.heads * model.size_per_head, model.num_kv_heads * model.size_per_head
+    norms = 8 * model.hidden_size
+    attention = 4 * queries + 4 * keys + (3 * (queries + keys) if model.qk_norm else 0) + model.heads
+    return 4 * (norms + attention + 4 * model.intermediate_size)
