@@ -115,20 +115,27 @@ def open_flat(path: Path, specs: Sequence[NamedShape]) -> np.memmap[Any, np.dtyp
 
     Raises TensorMismatch naming what differs: a tensor, its shape or dtype, the size of the file.
     """
+    start, elements = check(path, specs), num_elements(specs)
+    return np.memmap(path, dtype="<f4", mode="r", offset=start, shape=(elements,))
+
+
+def check(path: Path, specs: Sequence[NamedShape]) -> int:
+    """Compare header and size with `specs`; returns where the data starts. Raises TensorMismatch as `open_flat`."""
     expected = header_bytes(specs)
     with path.open("rb") as file:
         found = file.read(len(expected))
     if found != expected:
         _explain_difference(path, specs)
-    elements = num_elements(specs)
-    size = path.stat().st_size
-    if size != len(expected) + 4 * elements:
-        raise TensorMismatch(f"{path.name} has {size} bytes, expected {len(expected) + 4 * elements}")
-    return np.memmap(path, dtype="<f4", mode="r", offset=len(expected), shape=(elements,))
+    size, expected_size = path.stat().st_size, len(expected) + 4 * num_elements(specs)
+    if size != expected_size:
+        raise TensorMismatch(f"{path.name} has {size} bytes, expected {expected_size}")
+    return len(expected)
 
 
-def read(path: Path) -> dict[str, np.ndarray]:
-    """All tensors of the file by name, as views of a private (copy-on-write) memory map."""
+def read(path: Path, specs: Sequence[NamedShape] | None = None) -> dict[str, np.ndarray]:
+    """All tensors by name, as views of a private (copy-on-write) memory map; checked against `specs` if given."""
+    if specs is not None:
+        check(path, specs)
     header, start = _parse_header(path)
     size = path.stat().st_size
     data = np.memmap(path, dtype=np.uint8, mode="c", offset=start, shape=(size - start,))
