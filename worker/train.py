@@ -1,0 +1,194 @@
+"""TRAIN: inner AdamW steps of one shard on its path, and what they contribute to every module of the path.
+
+A pure function of module versions, token files, inner state and spec (DiPaCo, 2403.10616, Algorithm 1, inner loop).
+Master weights are float32; the loss of a step is a sum over the whole batch's targets divided by their count, however
+the batch is cut into micro-batches.
+
+Legend: B rows of a micro-batch, T tokens of a row.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from configs.schema import Experiment
+from corpus.rows import IGNORED, Batch, Rows, batch, pack_rows
+from corpus.token_file import TokenFile
+from model import tensor_file
+from model.layout import level_tensors
+from model.transformer import PathModel
+from protocol.tasks import BlobRef, TaskResult, TrainSpec
+from worker.inner_optimizer import InnerOptimizer, NonFiniteStep
+from worker.numerics import Compute, applied
+from worker.outcome import Progress, TaskOutcome, no_progress
+from worker.schedule import learning_rate
+from worker.task_path import BASE, path_for_task, topology_of
+
+INNER_STATE = "inner_state"
+
+
+def run_train(
+    spec: TrainSpec,
+    experiment: Experiment,
+    vocab_size: int,
+    module_paths: Mapping[str, Path],
+    token_paths: Sequence[Path],
+    inner_state_path: Path | None,
+    out_dir: Path,
+    progress: Progress = no_progress,
+) -> TaskOutcome:
+    """Run the task; outputs a contribution per module id (start minus end; `assign`: the end) and, if kept, inner_state.
+
+    `module_paths`: one file per module id of the path. Raises NonFiniteStep, TensorMismatch, UnsupportedNumerics.
+    """
+    begin = time.monotonic()
+    with applied(spec.numerics) as compute, ExitStack() as files:
+        path = path_for_task(spec.path, experiment, vocab_size, module_paths, compute)
+        trainer = Trainer(spec, experiment, path, compute)
+        if inner_state_path is not None:
+            trainer.optimizer.restore(inner_state_path, spec.adam_step)
+        token_files = [files.enter_context(TokenFile.open(item)) for item in token_paths]
+        tally = trainer.run(token_files, progress)
+        written = _write_outputs(spec, experiment, vocab_size, module_paths, trainer, out_dir)
+    result = TaskResult(
+        outputs={name: blob for name, (_, blob) in written.items()},
+        tokens=tally.tokens,
+        sequences=tally.rows,
+        steps=spec.steps,
+        loss_sum=tally.loss_sum,
+        step_losses=tally.step_losses,
+        seconds=time.monotonic() - begin,
+    )
+    return TaskOutcome({name: file for name, (file, _) in written.items()}, result)
+
+
+@dataclass(slots=True)
+class Tally:
+    """What the steps of a task add up to."""
+
+    tokens: int = 0
+    rows: int = 0
+    loss_sum: float = 0.0
+    step_losses: list[float] = field(default_factory=list)
+
+
+class Trainer:
+    """Inner steps on one path in memory."""
+
+    def __init__(self, spec: TrainSpec, experiment: Experiment, path: PathModel, compute: Compute) -> None:
+        self._spec, self._experiment, self._compute = spec, experiment, compute
+        self.path = path.train()
+        self.path.checkpoint_activations = compute.checkpoint_activations
+        self.optimizer = InnerOptimizer(dict(path.named_parameters()), experiment.inner)
+        self._losses = torch.compile(self._loss_sum) if compute.compile else self._loss_sum
+        pretrain = experiment.pretrain
+        self._fork_step = (pretrain.steps if pretrain else 0) if spec.path.model != BASE else None
+
+    def run(self, token_files: Sequence[TokenFile], progress: Progress) -> Tally:
+        """Take the steps of the spec; raises NonFiniteStep, and whatever `progress` raises between steps."""
+        lengths = np.concatenate([file.lengths for file in token_files])
+        rows = pack_rows(lengths, self._experiment.model.sequence_length)
+        tally = Tally()
+        for index in range(self._spec.steps):
+            taken = self._batch(token_files, rows, self._spec.shard_step + index)
+            loss_sum, count = self.step(taken, self._spec.first_step + index)
+            tally.tokens += count
+            tally.rows += len(taken.tokens)
+            tally.loss_sum += loss_sum
+            tally.step_losses.append(loss_sum / count)
+            progress(index + 1, tally.step_losses[-1], tally.tokens)
+        return tally
+
+    def step(self, rows: Batch, step: int) -> tuple[float, int]:
+        """One inner step with counter `step`; returns the summed loss in nats over all targets, and their count."""
+        experiment = self._experiment
+        targets = rows.targets(0 if experiment.inner.train_on_prefix else experiment.sharding.prefix_tokens)
+        count = max(1, int(np.count_nonzero(targets != IGNORED)))
+        losses = [self._backward(micro, count) for micro in self._micro_batches(rows, targets)]
+        *sums, norm = torch.stack([*losses, self.optimizer.clip()]).tolist()  # the one wait for the device in a step
+        loss_sum = math.fsum(sums)
+        if not (math.isfinite(loss_sum) and math.isfinite(norm)):
+            raise self._not_finite(step, loss_sum / count, norm)
+        self.optimizer.step(learning_rate(experiment.inner, step, self._spec.total_steps, self._fork_step))
+        return loss_sum, count
+
+    def _batch(self, token_files: Sequence[TokenFile], rows: Rows, shard_step: int) -> Batch:
+        indices = rows.batch_rows(self._spec.order_seed, shard_step, self._experiment.inner.batch_rows)
+        return batch(token_files, rows, indices)
+
+    def _micro_batches(self, rows: Batch, targets: np.ndarray) -> Iterator[tuple[torch.Tensor, ...]]:
+        """(tokens, targets, counted, positions, sequence_index), each (B, T), on the device."""
+        arrays = (rows.tokens, targets, targets != IGNORED, rows.positions, rows.sequence_index)
+        size = self._spec.numerics.micro_batch_rows or len(rows.tokens)
+        for first in range(0, len(rows.tokens), size):
+            parts = (torch.from_numpy(array[first : first + size]) for array in arrays)
+            yield tuple(part.to(self._compute.device) for part in parts)
+
+    def _backward(self, micro: tuple[torch.Tensor, ...], count: int) -> torch.Tensor:
+        """Add a micro-batch's share of the gradient of the mean loss; returns its summed loss, on the device."""
+        with self._compute.autocast():
+            loss_sum = self._losses(*micro)
+        (loss_sum / count).backward()  # type: ignore[no-untyped-call]
+        return loss_sum.detach()
+
+    def _loss_sum(
+        self,
+        tokens: torch.Tensor,
+        targets: torch.Tensor,
+        counted: torch.Tensor,
+        positions: torch.Tensor,
+        sequence_index: torch.Tensor,
+    ) -> torch.Tensor:
+        hidden = self.path(tokens, positions, sequence_index)
+        loss_sum, _ = self.path.loss_sum_and_count(hidden, targets, counted)
+        return loss_sum
+
+    def _not_finite(self, step: int, loss: float, gradient_norm: float) -> NonFiniteStep:
+        spec, inner = self._spec, self._experiment.inner
+        topology = topology_of(self._experiment, spec.path.model)
+        what = f"loss {loss}" if not math.isfinite(loss) else f"gradient norm {gradient_norm}"
+        return NonFiniteStep(
+            f"{what} on path {topology.path_id(spec.path.path_index)} of model {spec.path.model!r} "
+            f"(shard {spec.shard}, phase {spec.phase}, step {step}): lower inner.learning_rate "
+            f"({inner.learning_rate}), raise inner.warmup_steps ({inner.warmup_steps}) or set model.qk_norm"
+        )
+
+
+def _write_outputs(
+    spec: TrainSpec,
+    experiment: Experiment,
+    vocab_size: int,
+    module_paths: Mapping[str, Path],
+    trainer: Trainer,
+    out_dir: Path,
+) -> dict[str, tuple[Path, BlobRef]]:
+    """Contribution of every module and the inner state: name -> (file, reference)."""
+    written: dict[str, tuple[Path, BlobRef]] = {}
+    topology = topology_of(experiment, spec.path.model)
+    end = dict(trainer.path.named_parameters())
+    for module_id in topology.modules_of_path(spec.path.path_index):
+        tensors = level_tensors(experiment.model, vocab_size, topology.level_of_module(module_id))
+        start = tensor_file.open_flat(module_paths[module_id], tensors)
+        file = out_dir / module_id
+        offset = 0
+        with tensor_file.Writer(file, tensors) as writer:
+            for tensor in tensors:
+                values = end[tensor.name].detach().cpu().contiguous().view(-1).numpy()
+                if spec.outer == "nesterov":  # the outer gradient: start minus end
+                    values = start[offset : offset + values.size] - values
+                writer.append(values)
+                offset += tensor.num_elements
+            digest, size = writer.finish()
+        written[module_id] = (file, BlobRef(digest=digest, size=size))
+    if experiment.inner.inner_state == "keep":
+        digest, size = trainer.optimizer.save(out_dir / INNER_STATE)
+        written[INNER_STATE] = (out_dir / INNER_STATE, BlobRef(digest=digest, size=size))
+    return written
