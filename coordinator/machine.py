@@ -1,8 +1,8 @@
 """The state machine: who gets which task, which results count, when a module steps, when a stage is over.
 
 Pure: `now` (monotonic seconds), wall time and the random generator are arguments; a decision returns rows for the
-journal and applies nothing. Task and lease rules follow DiPaCo Sec 3 (task queue) with fencing tokens; a result under a stale
-token changes nothing.
+journal and applies nothing. Task and lease rules follow DiPaCo Sec 3 (task queue) with fencing tokens; a result
+under a stale token changes nothing.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from protocol.errors import StaleLease, UnknownTask, UnknownWorker, WrongOutputs
+from protocol.errors import RejectedTensor, StaleLease, UnknownTask, UnknownWorker
 
 from coordinator.plan import TRAINING, Plan
 from coordinator.state import Module, Row, Shard, Stage, State, Task, Worker
@@ -159,13 +159,19 @@ class Machine:
         return worker
 
     def lease(self, worker_id: str, cached: frozenset[str], now: float) -> Lease:
-        """The best task the worker can do now, under a new fence; or why there is none."""
+        """The best task the worker can do now, under a new fence; or why there is none.
+
+        A worker that holds a lease is given the same one again: it did not get the reply.
+        """
         worker = self._worker(worker_id, now)
         if self.state.standing.finished:
             return Lease(finished=True, waiting_for="the run is finished")
         if self.state.standing.paused:
             return Lease(waiting_for=f"the run is paused: {self.state.standing.paused}")
-        self._drop_stale_lease(worker)
+        held = self.state.tasks.get(worker.task_id)
+        if held is not None and held.status == "leased" and held.worker_id == worker_id:
+            self.state.deadlines[held.task_id] = now + self.execution.lease_s
+            return Lease(task=held, spec=self.spec(held))
         reasons: list[str] = []
         candidates = sorted(self._leasable(), key=lambda task: self._preference(task, worker, cached))
         offers = (offer for task in candidates if (offer := self._offer(task, worker, reasons)) is not None)
@@ -178,13 +184,6 @@ class Machine:
         self.state.deadlines[task.task_id] = now + self.execution.lease_s
         worker.task_id, worker.steps, worker.tokens, worker.lease_started_s = task.task_id, 0, 0, now
         return Lease(Decision((leased, *pinned)), leased, spec)
-
-    def _drop_stale_lease(self, worker: Worker) -> None:
-        """A worker that asks for work holds none: what it held is overdue at once."""
-        task = self.state.tasks.get(worker.task_id)
-        if task and task.status == "leased" and task.worker_id == worker.worker_id:
-            self.state.deadlines[task.task_id] = float("-inf")
-        worker.task_id = ""
 
     def _leasable(self) -> list[Task]:
         ready = (task for task in self.state.tasks.values() if task.status == "ready" and not task.local)
@@ -330,15 +329,15 @@ class Machine:
     def complete(
         self, worker_id: str, task_id: str, fence: int, result: TaskResult, now: float, wall_s: float
     ) -> Decision:
-        """All outputs of a task count. Raises StaleLease, UnknownTask or WrongOutputs."""
+        """All outputs of a task count. Raises StaleLease, UnknownTask or RejectedTensor."""
         worker = self._worker(worker_id, now)
         task = self.held_task(task_id, fence)
         expected = self.expected_outputs(task)
         if set(result.outputs) != set(expected):
-            raise WrongOutputs(f"task {task_id} has outputs {sorted(result.outputs)}, expected {sorted(expected)}")
+            raise RejectedTensor(f"task {task_id} has outputs {sorted(result.outputs)}, expected {sorted(expected)}")
         stage = self.state.stages[task.stage]
         if task.kind == "TRAIN" and result.steps != self.plan.inner_steps(stage.model):
-            raise WrongOutputs(f"task {task_id} took {result.steps} steps, not {self.plan.inner_steps(stage.model)}")
+            raise RejectedTensor(f"task {task_id} took {result.steps} steps, not {self.plan.inner_steps(stage.model)}")
         self.state.deadlines.pop(task_id, None)
         worker.task_id = ""
         counted = result.model_dump(mode="json", exclude={"outputs", "step_losses", "fetched_bytes"})

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from protocol.errors import StaleLease, UnknownTask, UnknownWorker, WrongOutputs
+from protocol.errors import RejectedTensor, StaleLease, UnknownTask, UnknownWorker
 
 from configs.schema import Config
 from coordinator.machine import Decision, Machine, referenced_digests
@@ -197,6 +197,7 @@ def _act(driver: Driver, held: dict[str, Task], worker: str, action: str) -> Non
         leased = driver.lease(worker)
         if leased:
             held[worker] = leased
+            assert driver.lease(worker) == leased
     elif action == "vanish":
         driver.now += 11.0
         driver.commit(driver.machine.expire(driver.now))
@@ -250,7 +251,7 @@ def test_wrong_outputs_are_refused() -> None:
     task = driver.lease(worker)
     assert task is not None
     result = TaskResult(outputs={"something": ref("x")})
-    with pytest.raises(WrongOutputs, match="expected \\['tokens'\\]"):
+    with pytest.raises(RejectedTensor, match="expected \\['tokens'\\]"):
         driver.machine.complete(worker, task.task_id, task.fence, result, 0.0, 0.0)
 
 

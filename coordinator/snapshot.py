@@ -1,0 +1,105 @@
+"""A run directory opened for reading: what evaluation, generation, digests and status need of it.
+
+Reads rows in one pass over the journal, so that it sees a state between two decisions, also of a run that goes on.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from configs.schema import Config
+from coordinator.journal import Journal, RunUnusable
+from coordinator.plan import BASE, MIXTURE, Plan, blob
+from coordinator.state import State
+from coordinator.status import Tally, status_of
+from model.store import BlobStore
+from model.topology import Topology
+
+
+class RunSnapshot:
+    """The rows, metrics and blobs of a run as they are now."""
+
+    def __init__(self, run_dir: Path, config: Config, state: State, metrics: list[dict[str, Any]]) -> None:
+        self.run_dir = run_dir
+        self.config = config
+        self.plan = Plan(config)
+        self.state = state
+        self.metrics = metrics
+        self.store = BlobStore(run_dir / "blobs")
+
+    @classmethod
+    def open(cls, run_dir: Path) -> RunSnapshot:
+        """Read a run directory; raises RunUnusable where it is none."""
+        if not run_dir.is_dir():
+            raise RunUnusable(f"there is no run directory {run_dir}; `dipaco run CONFIG --run-dir {run_dir}` makes one")
+        journal = Journal(run_dir, read_only=True)
+        try:
+            document = journal.meta("config")
+            if document is None:
+                raise RunUnusable(f"{run_dir} holds a run that has not begun yet; start its coordinator first")
+            config = Config.model_validate(json.loads(document))
+            return cls(run_dir, config, State(journal.rows()), list(journal.metrics()))
+        finally:
+            journal.close()
+
+    @property
+    def topology(self) -> Topology:
+        return self.plan.mixture
+
+    @property
+    def corpus(self) -> dict[str, Any]:
+        """The result of the corpus stage; raises RunUnusable before it is done."""
+        result = self.state.stages["corpus"].result
+        if not result:
+            raise RunUnusable(f"the corpus of {self.run_dir} is not built yet; let the run go on first")
+        return result
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self.corpus["vocab_size"])
+
+    @property
+    def tokenizer_path(self) -> Path:
+        return self.store.path(blob(self.corpus["tokenizer"]).digest)
+
+    @property
+    def router_path(self) -> Path | None:
+        """The frozen router, where the run has one."""
+        if "shard" not in self.state.stages:
+            return None
+        router = self.plan.router(self.state)
+        return None if router is None else self.store.path(router.digest)
+
+    def modules(self, model: str = MIXTURE) -> dict[str, tuple[int, Path]]:
+        """The newest version of every module of a model, id to (version, file); raises RunUnusable without any."""
+        rows = self.state.modules_of(model)
+        if not rows:
+            raise RunUnusable(f"{self.run_dir} holds no modules of {model!r} yet; let the run go on first")
+        return {row.module_id: (row.version, self.store.path(row.params.digest)) for row in rows}
+
+    def base_modules(self) -> dict[str, tuple[int, Path]]:
+        """The modules of the base LM whose features the router reads."""
+        return self.modules(BASE)
+
+    def models(self) -> list[str]:
+        """The models of the run, in the order in which they appeared."""
+        return list(dict.fromkeys(row.model for row in self.state.modules.values()))
+
+    def token_files(self, split: str) -> list[Path]:
+        """The token files of one split, by range index."""
+        return [self.store.path(blob(part["file"]).digest) for part in self.plan.ranges(self.state, split)]
+
+    @property
+    def evaluation(self) -> dict[str, Any] | None:
+        """What the evaluate stage measured, once it is done."""
+        stage = self.state.stages.get("evaluate")
+        return stage.result if stage is not None and stage.status == "done" else None
+
+    def status(self) -> dict[str, Any]:
+        """The status as the coordinator would tell it, without workers."""
+        tally = Tally()
+        for metric in self.metrics:
+            tally.add(metric)
+        return status_of(self.plan, self.state, tally, 0.0)

@@ -1,0 +1,87 @@
+"""The journal: all of a decision or none of it, every kind of row as it was, one coordinator a run."""
+
+from __future__ import annotations
+
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from coordinator.journal import Journal, RunLock, RunUnusable
+from coordinator.state import Module, Row, Shard, Stage, Standing, Task
+from protocol.tasks import BlobRef
+
+BLOB = BlobRef(digest="a" * 64, size=7)
+OTHER = BlobRef(digest="b" * 64, size=8)
+ROWS: list[Row] = [
+    Stage("train", "train", "mixture", ("shard", "corpus"), "running", 2, "class", 1.5, 0.0, {"x": [1, "y"]}),
+    Task("t/TRAIN/0/1", "t", "TRAIN", 0, "1", failures=("a: b",), outputs={"0.1": BLOB}, result={"tokens": 3}),
+    Module("mixture", "0.1", 3, BLOB, OTHER, (OTHER, BLOB)),
+    Module("mixture", "0.2", 0, BLOB),
+    Shard("mixture", 1, 0, (BLOB, OTHER), 10, 2, OTHER, 1, 50, 50, BLOB),
+    Standing("a reason", True, {"modules": 5}),
+]
+
+
+def test_rows_come_back_as_they_were(tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    journal.commit(ROWS, [{"task_id": "t", "tokens": 3}])
+    journal.close()
+    again = Journal(tmp_path)
+    assert list(again.rows()) == ROWS
+    assert list(again.metrics()) == [{"task_id": "t", "tokens": 3}]
+    assert again.has_metric("t")
+    assert not again.has_metric("u")
+
+
+def test_a_later_row_replaces_an_earlier_one(tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    journal.commit([Module("base", "0.0", 0, BLOB)])
+    journal.commit([Module("base", "0.0", 1, OTHER, BLOB)])
+    assert list(journal.rows()) == [Module("base", "0.0", 1, OTHER, BLOB)]
+
+
+def test_a_failed_decision_leaves_nothing(tmp_path: Path) -> None:
+    """A task that is counted twice is a bug: the whole decision is refused, rows included."""
+    journal = Journal(tmp_path)
+    journal.commit([], [{"task_id": "t"}])
+    with pytest.raises(sqlite3.IntegrityError):
+        journal.commit(ROWS, [{"task_id": "t"}])
+    assert list(journal.rows()) == []
+
+
+def test_another_format_is_named(tmp_path: Path) -> None:
+    Journal(tmp_path).close()
+    with sqlite3.connect(tmp_path / "state.db") as connection:
+        connection.execute("PRAGMA user_version=99")
+    connection.close()
+    with pytest.raises(RunUnusable, match="has format 99, this version of dipaco reads format 1"):
+        Journal(tmp_path)
+
+
+def test_a_file_that_is_no_database_is_named(tmp_path: Path) -> None:
+    (tmp_path / "state.db").write_bytes(b"hello" * 1000)
+    with pytest.raises(RunUnusable, match="not readable as a run's state"):
+        Journal(tmp_path)
+
+
+def test_reading_needs_a_run(tmp_path: Path) -> None:
+    with pytest.raises(RunUnusable, match="holds no state.db"):
+        Journal(tmp_path, read_only=True)
+
+
+def test_a_second_coordinator_is_refused(tmp_path: Path) -> None:
+    lock = RunLock(tmp_path)
+    code = (
+        "import sys; from pathlib import Path; from coordinator.journal import RunLock, RunUnusable\n"
+        "try: RunLock(Path(sys.argv[1]))\n"
+        "except RunUnusable as error: print(error)"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    refused = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "locked by another coordinator" in refused.stdout
+    lock.release()
+    free = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert free.stdout == ""
