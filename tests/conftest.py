@@ -1,0 +1,40 @@
+"""What all tests share: shapes in signatures are enforced while testing, and a corpus small enough for seconds."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+from jaxtyping import install_import_hook
+
+install_import_hook(("model", "routing", "worker", "inference"), "beartype.beartype")
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+KINDS = {
+    "recipe": "stir the onions with butter until golden then add flour milk salt pepper and simmer gently",
+    "code": "def return self value if not None: for item in range(size): result += index [0] (key)",
+    "law": "whereas the party hereto shall indemnify any licensee pursuant to clause herein notwithstanding",
+    "numbers": "12.5 0.0031 77 x y z 1024 sum mean 3.14 axis rows 99 columns 2.718 vector 42",
+}
+
+
+def write_documents(path: Path, per_kind: int = 60, words: int = 110) -> None:
+    """Documents of four kinds with words of their own, the same ones every time."""
+    source = random.Random(0)
+    with path.open("w", encoding="utf-8") as lines:
+        for number in range(per_kind * len(KINDS)):
+            kind = list(KINDS)[number % len(KINDS)]
+            text = " ".join(source.choices(KINDS[kind].split(), k=words)) + f" {number}."
+            lines.write(json.dumps({"text": text, "domain": kind}) + "\n")
+
+
+@pytest.fixture
+def tiny_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of configs/tests/tiny.yaml in the working directory, with the documents that it reads."""
+    monkeypatch.chdir(tmp_path)
+    write_documents(tmp_path / "documents.jsonl")
+    copy = tmp_path / "tiny.yaml"
+    copy.write_text((REPOSITORY / "configs" / "tests" / "tiny.yaml").read_text(encoding="utf-8"), encoding="utf-8")
+    return copy
