@@ -1,4 +1,4 @@
-"""Building a corpus: documents stream in, fall into splits and are stored as ranges; the tokenizer is trained or loaded.
+"""Building a corpus: documents stream in, fall into splits and are stored as ranges; then the tokenizer is made.
 
 Also the two steps that PACK tasks take with the ranges: cutting one into sequences, and gathering those of a shard.
 """

@@ -22,20 +22,22 @@ SHINGLE_WORDS = 8
 _MULTIPLIERS = np.array([pow(0x9E3779B97F4A7C15, power, 2**64) for power in range(1, SHINGLE_WORDS + 1)], np.uint64)
 
 
-def shingles(text: str) -> UInt64[np.ndarray, "S"]:
+def shingles(text: str) -> UInt64[np.ndarray, " S"]:
     """Distinct 64-bit hashes of the runs of eight words; a shorter text is one shingle of all its words."""
     words = np.fromiter(map(zlib.crc32, normalised(text).encode("utf-8").split()), np.uint64)
     if words.size < SHINGLE_WORDS:
         words = np.pad(words, (0, SHINGLE_WORDS - words.size))
     runs = np.lib.stride_tricks.sliding_window_view(words, SHINGLE_WORDS)
-    return np.unique(_mixed((runs * _MULTIPLIERS).sum(axis=1, dtype=np.uint64)))
+    hashes: np.ndarray = np.unique(_mixed((runs * _MULTIPLIERS).sum(axis=1, dtype=np.uint64)))
+    return hashes
 
 
-def _mixed(values: UInt64[np.ndarray, "S"]) -> UInt64[np.ndarray, "S"]:
+def _mixed(values: UInt64[np.ndarray, " S"]) -> UInt64[np.ndarray, " S"]:
     """The finaliser of SplitMix64 (Steele et al. 2014): every input bit reaches every output bit."""
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))
+    mixed: np.ndarray = values ^ (values >> np.uint64(31))
+    return mixed
 
 
 class NearDuplicates:
@@ -59,7 +61,7 @@ class NearDuplicates:
         self._remember(places)
         return True
 
-    def _remember(self, places: list[UInt64[np.ndarray, "S"]]) -> None:
+    def _remember(self, places: list[UInt64[np.ndarray, " S"]]) -> None:
         if self._stored + places[0].size > self._capacity and self._stored:
             self._filters = [np.zeros_like(self._filters[0]), self._filters[0]]
             self._stored = 0
@@ -68,10 +70,10 @@ class NearDuplicates:
         self._stored += places[0].size
 
 
-def _bit(places: UInt64[np.ndarray, "S"]) -> np.ndarray:
+def _bit(places: UInt64[np.ndarray, " S"]) -> np.ndarray:
     return np.left_shift(np.uint8(1), (places & np.uint64(7)).astype(np.uint8))
 
 
-def _are_set(bits: np.ndarray, places: UInt64[np.ndarray, "S"]) -> np.ndarray:
+def _are_set(bits: np.ndarray, places: UInt64[np.ndarray, " S"]) -> np.ndarray:
     found: np.ndarray = (bits[places >> np.uint64(3)] & _bit(places)) != 0
     return found

@@ -1,6 +1,6 @@
-"""What is taken from an installed file: docstrings as prose, Python code without them, sources without licence headers.
+"""What is taken from an installed file: docstrings as prose, code without them, sources without legal headers.
 
-Works on text with regular expressions, so that files written for any version of Python can be read and none is executed.
+Works on text with regular expressions, so that files of any version of Python can be read and none is executed.
 """
 
 from __future__ import annotations
@@ -16,9 +16,12 @@ _DOCSTRING = re.compile(
 )
 _HASH_HEADER = re.compile(r"\A(?:[ \t]*(?:#[^\n]*)?\n)+")
 _SLASH_HEADER = re.compile(r"\A\s*(?:/\*.*?\*/[ \t]*\n|(?://[^\n]*\n)+)", re.DOTALL)
+_GUARD = re.compile(r"\A#if !defined\(TORCH_STABLE_ONLY\)[^\n]*\n")
+_GENERATED = re.compile(r"@generated|automatically generated|auto-generated|do not edit", re.IGNORECASE)
 _LEGAL = re.compile(r"copyright|licen[sc]e|spdx|all rights reserved", re.IGNORECASE)
 _SHORTEST_DOCSTRING = 80
 _LONGEST_LINE = 2_000
+_OPENING_CHARACTERS = 1_000
 
 
 def docstrings(source: str) -> str:
@@ -28,7 +31,7 @@ def docstrings(source: str) -> str:
 
 
 def code(source: str) -> str:
-    """A Python file without its docstrings and without a legal header."""
+    """A Python or Cython file, or a stub, without its docstrings and without a legal header."""
 
     def without(match: re.Match[str]) -> str:
         following = re.match(r"(?:[ \t]*\n)*([ \t]*)\S", source[match.end() : match.end() + 400])
@@ -39,7 +42,8 @@ def code(source: str) -> str:
 
 
 def without_legal_header(source: str) -> str:
-    """A source file without the leading comment, where that comment is about copyright: it would open every document."""
+    """A source file without its leading comment where that is about copyright: it would open every document."""
+    source = _GUARD.sub("", source)
     for header in (_HASH_HEADER, _SLASH_HEADER):
         match = header.match(source)
         if match is not None and _LEGAL.search(match[0]):
@@ -66,6 +70,11 @@ def reads_like_text(text: str) -> bool:
     """Whether the text is mostly words: no tables of numbers, no data in one endless line."""
     words = sum(character.isalpha() or character.isspace() for character in text)
     return 2 * words > len(text) and max(map(len, text.split("\n"))) <= _LONGEST_LINE
+
+
+def is_generated(source: str) -> bool:
+    """Whether a file says at its beginning that a program wrote it."""
+    return _GENERATED.search(source[:_OPENING_CHARACTERS]) is not None
 
 
 def plain(source: str) -> str:

@@ -1,9 +1,9 @@
-"""The embedded corpus: real text that pip has already put on the machine, found through importlib.metadata and sysconfig.
+"""The embedded corpus: text that pip has already put on the machine, found by importlib.metadata and sysconfig.
 
-Domains: prose (docstrings, reST, Markdown, package descriptions, Python's help topics), python (code without docstrings),
-cpp (C++ and CUDA headers), stubs (.pyi), cython, configs (YAML, JSON, CMake, TOML) and licenses. The files of a domain are
-taken in the order of a hash of their names until `characters_per_domain` is reached, so no more is read than is used.
-Nothing depends on where the packages are installed.
+Domains: prose (docstrings, reST, Markdown, package descriptions, Python's help topics), python (code without its
+docstrings), cpp (C++ and CUDA headers), stubs (.pyi), cython, configs (YAML, JSON, CMake, TOML) and licenses. The files
+of a domain are taken in the order of a hash of their names until `characters_per_domain` is reached, so no more is read
+than is used; where packages are installed does not matter.
 """
 
 from __future__ import annotations
@@ -32,8 +32,9 @@ EXAMPLE_PROMPTS = {
         "axis : int, optional\n    "
     ),
     "python": (
-        'import json\nfrom pathlib import Path\n\n\nclass SettingsReader:\n    def __init__(self, path, encoding="utf-8"):\n'
-        "        self.path = Path(path)\n        self.encoding = encoding\n\n    def read(self):\n        "
+        "import json\nfrom pathlib import Path\n\n\nclass SettingsReader:\n    "
+        'def __init__(self, path, encoding="utf-8"):\n        self.path = Path(path)\n'
+        "        self.encoding = encoding\n\n    def read(self):\n        "
     ),
     "cpp": (
         "#pragma once\n\n#include <cstdint>\n#include <vector>\n\nnamespace geometry {\n\ntemplate <typename T>\n"
@@ -48,12 +49,12 @@ EXAMPLE_PROMPTS = {
         "cdef double distance(const double[:] left, const double[:] right) noexcept nogil:\n    cdef Py_ssize_t i\n    "
     ),
     "configs": (
-        "- func: clamp_range(Tensor self, Scalar low, Scalar high) -> Tensor\n  variants: function, method\n  dispatch:\n"
-        "    CPU: clamp_range_cpu\n    "
+        "- func: clamp_range(Tensor self, Scalar low, Scalar high) -> Tensor\n  variants: function, method\n"
+        "  dispatch:\n    CPU: clamp_range_cpu\n    "
     ),
     "licenses": (
-        "Permission to use, copy, modify and distribute this library for any purpose is hereby granted, provided that the "
-        "above notice appears in all copies. THE LIBRARY IS PROVIDED "
+        "Permission to use, copy, modify and distribute this library for any purpose is hereby granted, provided that "
+        "the above notice appears in all copies. THE LIBRARY IS PROVIDED "
     ),
 }
 """Openings in the manner of each domain, written for demonstration; none is part of the corpus."""
@@ -79,8 +80,9 @@ _SUFFIXES = {
 _LICENSE = re.compile(r"(^|[-_./])(licen[sc]es?|copying|notices?)([-_.]|$)", re.IGNORECASE)
 _NOT_TEXT = frozenset({".py", ".pyc", ".pyi", ".h", ".so", ".json"})
 _PASSED_OVER = frozenset({"test", "tests", "site-packages", "dist-packages", "__pycache__", "lib2to3"})
-_SHARE_OF_ONE_FILE = 10
+_SHARE_OF_ONE_FILE = 20
 _OWN_DISTRIBUTION = "dipaco"
+_HELP_TOPICS = "python/pydoc_data/topics.py"
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,11 +126,9 @@ def candidates() -> dict[str, list[Candidate]]:
 
 def _domains_of(name: str) -> tuple[str, ...]:
     path, suffix = name.rpartition("/")[2], os.path.splitext(name)[1]
-    if suffix not in _NOT_TEXT and _LICENSE.search(path) or "/licenses/" in name and suffix not in _NOT_TEXT:
+    if suffix not in _NOT_TEXT and ("/licenses/" in name or _LICENSE.search(path)):
         return ("licenses",)
-    if path == "METADATA":
-        return ("prose",)
-    if path == "topics.py":
+    if path == "METADATA" or name == _HELP_TOPICS:
         return ("prose",)
     return () if ".dist-info/" in name else _SUFFIXES.get(suffix, ())
 
@@ -171,10 +171,10 @@ def _standard_library() -> Iterator[tuple[str, Path]]:
 def _extractor(candidate: Candidate) -> Callable[[str], str]:
     name = candidate.name
     if candidate.domain == "prose" and name.endswith(".py"):
-        return extraction.help_topics if name.endswith("pydoc_data/topics.py") else extraction.docstrings
+        return extraction.help_topics if name == _HELP_TOPICS else extraction.docstrings
     if candidate.domain == "prose":
         return extraction.description if name.endswith("/METADATA") else extraction.plain
-    if candidate.domain == "python":
+    if candidate.domain in ("python", "stubs", "cython"):
         return extraction.code
     return extraction.plain if candidate.domain == "licenses" else extraction.without_legal_header
 
@@ -201,6 +201,8 @@ def _documents_of(candidate: Candidate, limit: int) -> Iterator[Document]:
     except (OSError, UnicodeDecodeError):
         return
     total = 0
+    if candidate.domain != "licenses" and extraction.is_generated(text):
+        return
     for piece in pieces([_extractor(candidate)(text).strip()]):
         if total and total + len(piece) > limit:
             return

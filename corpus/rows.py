@@ -1,7 +1,7 @@
 """Rows: sequences of a shard packed into rows of equal length, and the order in which training meets them.
 
-Packing is a pure function of the lengths: best-fit decreasing (Johnson 1974; for documents: Ding et al., 2404.10830); no
-sequence is ever cut. The order is a pure function of (rows, seed, epoch). Positions restart with every sequence, and
+Packing is a pure function of the lengths: best-fit decreasing (Johnson 1974; for documents Ding et al., 2404.10830);
+no sequence is ever cut. The order is a pure function of (rows, seed, epoch). Positions restart with every sequence, and
 `sequence_index` lets attention do the same.
 
 Legend: N sequences, R rows, B rows of a batch, T tokens of a row.
@@ -31,7 +31,7 @@ class NoRows(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Rows of tokens. `sequence_index` counts the sequences of a row from 0; padding has index -1, token and position 0."""
+    """Rows of tokens. `sequence_index` counts the sequences of a row from 0; padding is -1 there, 0 elsewhere."""
 
     tokens: Int64[np.ndarray, "B T"]
     positions: Int64[np.ndarray, "B T"]
@@ -52,18 +52,18 @@ class Rows:
     """R rows: row r holds the sequences `members[starts[r]:starts[r + 1]]`, indices in id order, in that order."""
 
     row_tokens: int
-    starts: Int64[np.ndarray, "R+1"]
-    members: Int64[np.ndarray, "N"]
+    starts: Int64[np.ndarray, " R+1"]
+    members: Int64[np.ndarray, " N"]
 
     @property
     def count(self) -> int:
         return len(self.starts) - 1
 
-    def sequences(self, row: int) -> Int64[np.ndarray, "n"]:
+    def sequences(self, row: int) -> Int64[np.ndarray, " n"]:
         """The sequences of one row."""
         return self.members[self.starts[row] : self.starts[row + 1]]
 
-    def batch_rows(self, order_seed: int, step: int, batch_rows: int) -> Int64[np.ndarray, "B"]:
+    def batch_rows(self, order_seed: int, step: int, batch_rows: int) -> Int64[np.ndarray, " B"]:
         """The rows of the shard's step `step`: a slice of the endless sequence of permutations, one an epoch."""
         if not self.count:
             raise NoRows("the shard has no rows to train on")
@@ -77,7 +77,7 @@ class Rows:
 
 
 @lru_cache(maxsize=4)
-def _permutation(count: int, order_seed: int, epoch: int) -> Int64[np.ndarray, "R"]:
+def _permutation(count: int, order_seed: int, epoch: int) -> Int64[np.ndarray, " R"]:
     """Order of an epoch: sorted by the raw words of Philox, whose stream numpy keeps the same in every version."""
     philox = np.random.Philox(key=np.array([order_seed % 2**64, epoch], np.uint64))
     permutation: np.ndarray = np.argsort(philox.random_raw(count), kind="stable")
@@ -85,7 +85,7 @@ def _permutation(count: int, order_seed: int, epoch: int) -> Int64[np.ndarray, "
     return permutation
 
 
-def pack_rows(lengths: UInt32[np.ndarray, "N"], row_tokens: int) -> Rows:
+def pack_rows(lengths: UInt32[np.ndarray, " N"], row_tokens: int) -> Rows:
     """Pack sequences of these lengths, in id order, into rows of at most `row_tokens`; raises NoRows for a longer one.
 
     Long sequences first, each into the row with the least room that still takes it; then rows by their first sequence.
@@ -120,7 +120,7 @@ def _in_order(rows: list[list[int]], row_tokens: int) -> Rows:
     return Rows(row_tokens, starts, members)
 
 
-def batch(token_files: Sequence[TokenFile], rows: Rows, row_indices: Int64[np.ndarray, "B"]) -> Batch:
+def batch(token_files: Sequence[TokenFile], rows: Rows, row_indices: Int64[np.ndarray, " B"]) -> Batch:
     """The tokens of these rows; `rows` were packed from the lengths of the files laid end to end."""
     shape = (len(row_indices), rows.row_tokens)
     tokens, positions = np.zeros(shape, np.int64), np.zeros(shape, np.int64)

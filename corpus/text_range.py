@@ -1,7 +1,7 @@
 """A text range: some documents of one split in a blob (zlib of a msgpack list), the unit of a PACK task.
 
-`RangeWriter` collects documents split by split and hands a range to the store as soon as it is full, so that no more than
-one range a split is ever in memory.
+`RangeWriter` collects documents split by split and hands a range to the store as soon as it is full, so that no more
+than one range a split is ever in memory.
 """
 
 from __future__ import annotations

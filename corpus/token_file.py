@@ -37,10 +37,10 @@ def dtype_for(vocab_size: int) -> str:
 class SequenceIndex:
     """What is known of N sequences besides their tokens. Ids ascend; `domains` are indices into `domain_names`."""
 
-    ids: UInt64[np.ndarray, "N"]
-    lengths: UInt32[np.ndarray, "N"]
-    domains: UInt16[np.ndarray, "N"]
-    documents: UInt64[np.ndarray, "N"]
+    ids: UInt64[np.ndarray, " N"]
+    lengths: UInt32[np.ndarray, " N"]
+    domains: UInt16[np.ndarray, " N"]
+    documents: UInt64[np.ndarray, " N"]
     domain_names: tuple[str, ...]
 
     def to_bytes(self, dtype: str) -> bytes:
@@ -59,7 +59,7 @@ class SequenceIndex:
         return packed
 
 
-def write_token_file(path: Path, index: SequenceIndex, dtype: str, tokens: Iterable[UInt[np.ndarray, "L"]]) -> None:
+def write_token_file(path: Path, index: SequenceIndex, dtype: str, tokens: Iterable[UInt[np.ndarray, " L"]]) -> None:
     """Write the sequences in the order of the index; the tokens are consumed one array at a time."""
     header = index.to_bytes(dtype)
     written, expected = 0, int(index.lengths.sum(dtype=np.uint64))
@@ -111,7 +111,7 @@ class TokenFile:
     def num_tokens(self) -> int:
         return int(self._starts[-1])
 
-    def tokens(self, position: int) -> UInt[np.ndarray, "L"]:
+    def tokens(self, position: int) -> UInt[np.ndarray, " L"]:
         """The tokens of the sequence at `position` in the file, BOS first."""
         if self._tokens is None:
             raise BadTokenFile(f"{self.path} has been closed")
@@ -149,7 +149,7 @@ def _read_index(path: Path, packed: bytes) -> tuple[SequenceIndex, np.dtype[Any]
     return index, dtype
 
 
-def gather_sequences(files: Sequence[Path], ids: UInt64[np.ndarray, "N"], out_path: Path) -> None:
+def gather_sequences(files: Sequence[Path], ids: UInt64[np.ndarray, " N"], out_path: Path) -> None:
     """Write the sequences with these ids, ascending, found in token files whose ids do not interleave."""
     opened = sorted((TokenFile.open(path) for path in files), key=lambda file: int(file.ids[0]) if file.count else -1)
     known = np.concatenate([np.zeros(0, np.uint64), *(file.ids for file in opened)])

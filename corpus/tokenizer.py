@@ -1,4 +1,4 @@
-"""Text to token ids and back: trained byte-level BPE, plain bytes, or any tokenizer.json; all three are a tokenizer.json.
+"""Text to token ids and back: trained byte-level BPE, plain bytes, or any tokenizer.json; at rest all are that.
 
 Trained ones use the GPT-2 pre-tokenizer and byte alphabet (Radford et al. 2019) with BOS 0 and EOS 1, so that other
 engines accept them. Special tokens spelled out in a text are plain text.
@@ -92,7 +92,7 @@ class Tokenizer:
         text: str = self._tokenizer.decode([int(token) for token in ids], skip_special_tokens=True)
         return text
 
-    def token_byte_lengths(self) -> Int64[np.ndarray, "V"]:
+    def token_byte_lengths(self) -> Int64[np.ndarray, " V"]:
         """UTF-8 bytes of text that each id stands for: what turns nats per token into bits per byte. Specials: 0."""
         description = json.loads(self.to_bytes())
         by_byte = "ByteLevel" in json.dumps([description.get("pre_tokenizer"), description.get("decoder")])
@@ -105,7 +105,7 @@ class Tokenizer:
 
 
 def _spelled_bytes(token: str) -> int:
-    """Bytes of a token as SentencePiece (`▁` for a space, `<0x0A>` for a byte) or WordPiece (`##` inside a word) writes it."""
+    """Bytes of a token spelled as SentencePiece (`▁` a space, `<0x0A>` a byte) or WordPiece (`##` in a word) does."""
     if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
         return 1
     return len(token.removeprefix("##").replace("▁", " ").encode("utf-8"))
