@@ -1,7 +1,7 @@
 """Blobs on this machine's disk: verified by content, bounded in bytes, least recently used ones go first.
 
 Several worker processes may share one directory. A blob in use is held under a shared file lock, which ends with the
-process that holds it; eviction takes only blobs it can lock alone. Fetching continues partial files.
+process that holds it; eviction takes only blobs that nobody holds. Interrupted fetches are continued.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from model.store import BlobMismatch, BlobStore, file_digest
+from model.store import BlobStore, file_digest
 from protocol.tasks import BlobRef
 
-# Brings the bytes of a blob to a file, continuing what the file already holds: (digest, size, file).
-Fetch = Callable[[str, int, Path], None]
+# Brings a blob to a file, whole and verified or not at all, continuing `<file>.part`: (digest, file) -> bytes fetched.
+Fetch = Callable[[str, Path], int]
 
 
 class CacheTooSmall(ValueError):
@@ -38,8 +38,7 @@ class BlobCache:
     def hold(self, blob: BlobRef, fetch: Fetch) -> tuple[Path, int]:
         """A verified file with the blob's bytes, and how many bytes had to be fetched.
 
-        The file stays in place until `release_all`. Raises BlobMismatch where what is fetched is not the blob, and
-        whatever `fetch` raises.
+        The file stays in place until `release_all`. Raises CacheTooSmall, and whatever `fetch` raises.
         """
         path = self._store.path(blob.digest)
         fetched = 0
@@ -104,31 +103,27 @@ class BlobCache:
         return file_digest(path) == (blob.digest, blob.size)
 
     def _fetch(self, blob: BlobRef, fetch: Fetch) -> int:
-        """Bring the blob into the directory unless another process does so meanwhile; returns the bytes fetched."""
-        partial = self._partial / blob.digest
-        with _locked(partial):
+        """Bring the blob into the directory unless another process has done so meanwhile; returns the bytes fetched."""
+        with _locked(self._partial / f"{blob.digest}.lock"):
             if self._store.has(blob.digest):
-                partial.unlink()
                 return 0
             self._make_room(blob.size)
-            before = partial.stat().st_size
-            fetch(blob.digest, blob.size, partial)
-            if file_digest(partial) != (blob.digest, blob.size):
-                partial.unlink()
-                raise BlobMismatch(
-                    f"blob {blob.digest} arrived with other bytes than its digest names; "
-                    "what was fetched is deleted, and the task is tried again"
-                )
-            self._store.adopt(partial, blob.digest)
-            return blob.size - before
+            target = self._partial / blob.digest
+            fetched = fetch(blob.digest, target)
+            self._verified[blob.digest] = _signature(target.stat())
+            self._store.adopt(target, blob.digest)
+            return fetched
 
     def _make_room(self, incoming_bytes: int) -> None:
         """Evict the least recently used blobs that nobody holds until `incoming_bytes` more fit.
 
-        Raises CacheTooSmall where what this process holds for its task leaves too little room.
+        What interrupted fetches left goes first. Raises CacheTooSmall where what this process holds
+        for its task leaves too little room.
         """
         entries = sorted(self._entries(), key=lambda entry: entry[1].st_atime_ns)
         excess = sum(status.st_size for _, status in entries) + incoming_bytes - self.limit_bytes
+        if excess > 0:
+            self._discard_interrupted()
         for digest, status in entries:
             if excess <= 0:
                 return
@@ -140,6 +135,12 @@ class BlobCache:
                 f"one task needs {held + incoming_bytes} bytes of blobs at once, and the cache in {self._store.root} "
                 f"may hold {self.limit_bytes}: raise execution.cache_bytes"
             )
+
+    def _discard_interrupted(self) -> None:
+        """Delete what fetches left that no process is going on with."""
+        for rest in self._partial.glob("*.part"):
+            with suppress(BlockingIOError), _locked(rest.with_suffix(".lock"), wait=False):
+                rest.unlink(missing_ok=True)
 
     def _evict(self, digest: str) -> bool:
         """Delete a blob unless a process holds it."""
@@ -160,17 +161,22 @@ class BlobCache:
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold the file at `path`, made where it is missing, for this process alone."""
+def _locked(path: Path, wait: bool = True) -> Iterator[None]:
+    """Hold the lock file at `path`, which goes with the lock, alone; raises BlockingIOError rather than wait."""
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        if _is_open_at(descriptor, path):  # else another process has moved it into place meanwhile
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            os.close(descriptor)
+            raise
+        if _is_open_at(descriptor, path):  # else the process that held it has removed it
             break
         os.close(descriptor)
     try:
         yield
     finally:
+        path.unlink()
         os.close(descriptor)
 
 

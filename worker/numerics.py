@@ -10,12 +10,10 @@ import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+
+import torch
 
 from protocol.tasks import Numerics
-
-if TYPE_CHECKING:
-    import torch
 
 
 class UnsupportedNumerics(ValueError):
@@ -33,8 +31,6 @@ class Compute:
 
     def autocast(self) -> AbstractContextManager[object]:
         """The context of every forward pass: bfloat16 matrix products, or nothing at all."""
-        import torch
-
         if self.dtype == torch.float32:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, self.dtype)
@@ -45,8 +41,6 @@ def resolve(numerics: Numerics) -> Compute:
 
     auto device: cuda, else mps, else cpu. auto dtype: bfloat16 on a cuda device that computes in it, else float32.
     """
-    import torch
-
     name = _auto_device() if numerics.device == "auto" else numerics.device
     available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if not available[name]:
@@ -67,10 +61,8 @@ def resolve(numerics: Numerics) -> Compute:
 @contextlib.contextmanager
 def applied(numerics: Numerics) -> Iterator[Compute]:
     """Run a task under its numerics: threads and deterministic kernels, put back afterwards."""
-    # cuBLAS reads this once, when the device is first used; without it products on CUDA may differ from run to run.
+    # cuBLAS reads this when the device is first used; without it products on CUDA may differ from run to run.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    import torch
-
     compute = resolve(numerics)
     threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
@@ -86,8 +78,6 @@ def applied(numerics: Numerics) -> Iterator[Compute]:
 
 
 def _auto_device() -> str:
-    import torch
-
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"

@@ -45,7 +45,7 @@ def run_train(
     out_dir: Path,
     progress: Progress = no_progress,
 ) -> TaskOutcome:
-    """Run the task; outputs a contribution per module id (start minus end; `assign`: the end) and, if kept, inner_state.
+    """Run the task; outputs a contribution a module id (start minus end; `assign`: the end) and, if kept, inner_state.
 
     `module_paths`: one file per module id of the path. Raises NonFiniteStep, TensorMismatch, UnsupportedNumerics.
     """
