@@ -1,7 +1,7 @@
 """What the gRPC service calls: plain values in, plain values out, domain exceptions of protocol.errors for refusals.
 
-`Handlers` is implemented by the coordinator; service.py holds no decision and this file no protobuf. Every method runs on
-the event loop and must not block it. A call that its client gave up is cancelled at its next await.
+`Handlers` is implemented by the coordinator; service.py holds no decision and this file no protobuf. Every method runs
+on the event loop and must not block it. A call that its client gave up is cancelled at its next await.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ AnySpec = PackSpec | FeaturizeSpec | TrainSpec | EvaluateSpec
 
 @dataclass(frozen=True, slots=True)
 class HelloArgs:
-    """A worker that joins (`worker_id` empty) or comes back under the id it was given. Its protocol major was checked."""
+    """A worker that joins (`worker_id` empty) or comes back under the id it was given. Its version was checked."""
 
     worker_name: str
     worker_id: str
@@ -82,17 +82,21 @@ class ReleaseArgs:
 class UploadSink(Protocol):
     """Takes the bytes of one upload in order; one call at a time, each awaited to its end before the next.
 
-    A later upload of the same blob under the same fence takes over: its predecessor's `write` and `finish` raise StaleLease.
+    A later upload of the same blob under the same fence takes over: its predecessor's `write` and `finish` raise
+    StaleLease.
     """
 
     async def write(self, data: bytes) -> None:
         """Append bytes, off the event loop. Raises DiskFull, StaleLease."""
 
     async def finish(self) -> int:
-        """Verify the whole blob and keep it; returns its size. Raises CorruptBlob, RejectedTensor, DiskFull, StaleLease."""
+        """Verify the whole blob and keep it; returns its size.
+
+        Raises CorruptBlob, RejectedTensor, DiskFull, StaleLease.
+        """
 
     async def abort(self) -> None:
-        """Let go of the file after a stream that ended early or failed; the bytes stay for a later resume. Never raises."""
+        """Let go of the file after a stream that ended early or failed; the bytes stay for a resume. Never raises."""
 
 
 class Handlers(Protocol):
@@ -104,8 +108,8 @@ class Handlers(Protocol):
     async def lease(self, worker_id: str, wait_s: float, cached_digests: frozenset[str]) -> LeaseAnswer:
         """A task for the worker, after at most `wait_s` seconds. Raises UnknownWorker.
 
-        A worker has one lease at a time: one that asks while it holds a lease did not get the reply, and is answered the
-        same lease again. This is what makes the call safe to repeat.
+        A worker has one lease at a time: one that asks while it holds a lease did not get the reply, and is answered
+        the same lease again. This is what makes the call safe to repeat.
         """
 
     async def heartbeat(self, args: HeartbeatArgs) -> HeartbeatAnswer:
@@ -127,11 +131,14 @@ class Handlers(Protocol):
         """The file of a blob. Raises UnknownBlob."""
 
     async def upload_offset(self, task_id: str, fence: int, digest: str) -> int:
-        """Bytes of an upload that are held already; the whole size once it was finished. Raises UnknownTask, StaleLease."""
+        """Bytes of an upload that are held already; the whole size once it was finished.
+
+        Raises UnknownTask, StaleLease.
+        """
 
     async def begin_upload(self, header: UploadHeader) -> UploadSink:
         """Open an upload at `header.offset`; at the whole size of a finished one, `finish` answers again.
 
-        Bytes held beyond the offset are dropped. Raises UnknownTask, StaleLease, RejectedTensor (an output or tensors that
-        the task does not have), DiskFull, and MalformedMessage where the offset lies beyond what is held.
+        Bytes held beyond the offset are dropped. Raises UnknownTask, StaleLease, RejectedTensor (an output or tensors
+        that the task does not have), DiskFull, and MalformedMessage where the offset lies beyond what is held.
         """

@@ -1,21 +1,16 @@
 """The refusals that cross the wire, and the ONE table that says which gRPC status each of them travels as.
 
-The server's interceptor turns exceptions into statuses, `from_rpc_error` turns them back on the client. The name of the
-exception travels in a trailing metadata entry, so that two that share a status stay apart.
+The server's interceptor turns exceptions into statuses by `refusal_of`, the client back by `from_rpc_error`. The name
+of the exception travels in a trailing metadata entry, so that two that share a status stay apart.
 """
 
 from __future__ import annotations
 
 import errno
-import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any, NoReturn
-
-import grpc
+from dataclasses import dataclass
+from typing import Any
 
 from protocol.tasks import MalformedMessage
-
-logger = logging.getLogger(__name__)
 
 
 class StaleLease(ValueError):
@@ -51,7 +46,7 @@ class CorruptBlob(ValueError):
 
 
 class DiskFull(OSError):
-    """There is no room for the bytes at the receiving side."""
+    """There is no room for the bytes where they should be kept."""
 
 
 class Unavailable(ConnectionError):
@@ -59,23 +54,79 @@ class Unavailable(ConnectionError):
 
 
 class RemoteFailure(RuntimeError):
-    """The other side failed in a way that it has no name for: a bug there; its log says more."""
+    """The other side failed in a way that has no name: a bug there; its log says more."""
 
 
-# Where several share a status, the first is meant when the name did not travel along.
-STATUS_OF: dict[type[Exception], grpc.StatusCode] = {
-    StaleLease: grpc.StatusCode.FAILED_PRECONDITION,
-    VersionMismatch: grpc.StatusCode.FAILED_PRECONDITION,
-    UnknownBlob: grpc.StatusCode.NOT_FOUND,
-    UnknownTask: grpc.StatusCode.NOT_FOUND,
-    UnknownWorker: grpc.StatusCode.NOT_FOUND,
-    NotAllowed: grpc.StatusCode.UNAUTHENTICATED,
-    MalformedMessage: grpc.StatusCode.INVALID_ARGUMENT,
-    RejectedTensor: grpc.StatusCode.INVALID_ARGUMENT,
-    CorruptBlob: grpc.StatusCode.DATA_LOSS,
-    DiskFull: grpc.StatusCode.RESOURCE_EXHAUSTED,
-    Unavailable: grpc.StatusCode.UNAVAILABLE,
-    RemoteFailure: grpc.StatusCode.INTERNAL,
+# Status names of grpc.StatusCode.
+STATUS_OF: dict[type[Exception], str] = {
+    StaleLease: "FAILED_PRECONDITION",
+    VersionMismatch: "FAILED_PRECONDITION",
+    UnknownBlob: "NOT_FOUND",
+    UnknownTask: "NOT_FOUND",
+    UnknownWorker: "NOT_FOUND",
+    NotAllowed: "UNAUTHENTICATED",
+    MalformedMessage: "INVALID_ARGUMENT",
+    RejectedTensor: "INVALID_ARGUMENT",
+    CorruptBlob: "DATA_LOSS",
+    DiskFull: "RESOURCE_EXHAUSTED",
+    Unavailable: "UNAVAILABLE",
+    RemoteFailure: "INTERNAL",
 }
 # For `except WIRE_ERRORS`: everything that a call to the other side may raise.
 WIRE_ERRORS: tuple[type[Exception], ...] = tuple(STATUS_OF)
+
+NAME_KEY = "dipaco-error"
+MAX_MESSAGE_CHARACTERS = 1500
+_BY_NAME = {kind.__name__: kind for kind in STATUS_OF}
+# Statuses without a name come from gRPC itself, or from something between the two sides.
+_UNREACHED = ("UNAVAILABLE", "CANCELLED", "DEADLINE_EXCEEDED")
+_CUT_OFF = ("RST_STREAM", "Stream removed", "GOAWAY", "Connection reset")
+_UNTRUSTED = (
+    "CERTIFICATE_VERIFY_FAILED",
+    "certificate verify failed",
+    "Hostname Verification",
+    "does not match target",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """How an exception travels: the name of its gRPC status, its own name, and its message on one line."""
+
+    status: str
+    name: str
+    message: str
+
+
+def refusal_of(error: Exception) -> Refusal | None:
+    """How the exception travels; None where the table does not know it."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        error = DiskFull(f"no space is left on the device: {error.filename or 'at the receiving side'}")
+    for kind in type(error).__mro__:
+        if kind in STATUS_OF:
+            return Refusal(STATUS_OF[kind], kind.__name__, one_line(str(error)))
+    return None
+
+
+def one_line(message: str) -> str:
+    """The message without line breaks and cut to what fits a status."""
+    return " ".join(message.split())[:MAX_MESSAGE_CHARACTERS]
+
+
+def from_rpc_error(error: Any, address: str) -> Exception:
+    """The domain exception that a failed call (a `grpc.RpcError`) stands for; `address` names the other side."""
+    status, details = error.code().name, one_line(error.details() or "")
+    name = dict(error.trailing_metadata() or ()).get(NAME_KEY, "")
+    if name in _BY_NAME:
+        return _BY_NAME[name](details)
+    if any(sign in details for sign in _UNTRUSTED):
+        return NotAllowed(
+            f"the certificate of {address} is not signed by the CA of the join file; get the run's newest one"
+        )
+    if status in _UNREACHED or any(sign in details for sign in _CUT_OFF):
+        return Unavailable(f"nobody answers at {address} ({details})")
+    if status in ("UNAUTHENTICATED", "PERMISSION_DENIED"):
+        return NotAllowed(f"{address} refuses the call: {details}")
+    if status == "UNIMPLEMENTED":
+        return VersionMismatch(f"{address} does not offer this call ({details}); use the same version of dipaco there")
+    return RemoteFailure(f"{address} answers {status}: {details}")

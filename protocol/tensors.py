@@ -1,7 +1,7 @@
 """How the outputs of a task travel: a header that declares them, then their bytes in chunks below gRPC's message limit.
 
-The header is msgpack, validated with pydantic; the bytes are those of the blob at rest, so a transfer can continue at any
-byte. Nothing here is code, and no message limit is ever raised to fit a tensor.
+The header is msgpack, validated with pydantic; the bytes are those of the blob at rest, so a transfer can continue at
+any byte. Nothing here is code, and no message limit is ever raised to fit a tensor.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ DeclaredTensor = tuple[Annotated[str, Field(min_length=1)], Literal["float32"], 
 class UploadHeader(Message):
     """One output of a leased task: whose it is, which blob it is (`size` in bytes), and which tensors it holds.
 
-    `output` names it in the task's result: a module id, `inner_state`, `features`, `losses`, `tokens`, ... `offset` is the
-    first byte that follows in this stream. `tensors` is empty for kinds that hold none.
+    `output` names it in the task's result: a module id, `inner_state`, `features`, `losses`, `tokens`, ... `offset` is
+    the first byte that follows in this stream. `tensors` is empty for kinds that hold none.
     """
 
     task_id: Annotated[str, Field(min_length=1)]
@@ -36,7 +36,7 @@ class UploadHeader(Message):
     output: Annotated[str, Field(min_length=1)]
     kind: Literal["module", "inner_state", "record", "tokens"]
     codec: Literal["raw"] = "raw"
-    tensors: list[DeclaredTensor] = []
+    tensors: list[DeclaredTensor] = Field(default_factory=list)
     digest: Digest
     size: Annotated[int, Field(ge=0, lt=2**63)]
     offset: Count = 0

@@ -1,0 +1,123 @@
+"""Starts and stops the coordinator's gRPC server: the two services, health, reflection, and who may listen how.
+
+With certificates traffic is TLS and every call needs the run's token. Without them only loopback is served, unless the
+caller insists. No message limit is raised.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+import grpc.aio
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from coordinator.handlers import Handlers
+from coordinator.service import BlobService, CoordinatorService
+from protocol import dipaco_pb2 as pb
+from protocol import dipaco_pb2_grpc as pb_grpc
+from protocol.address import Address, parse_address
+from protocol.interceptors import ErrorInterceptor, TokenInterceptor
+from protocol.security import ServerSecurity
+from protocol.tensors import DEFAULT_CHUNK_BYTES, MAX_CHUNK_BYTES
+
+logger = logging.getLogger(__name__)
+
+_OPTIONS: tuple[tuple[str, int], ...] = (
+    ("grpc.so_reuseport", 0),  # a second server on the port is refused instead of taking half of the calls
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+    ("grpc.http2.max_ping_strikes", 0),
+)
+
+
+class CannotListen(ValueError):
+    """An address that the server may not or cannot listen at."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunningServer:
+    """A server that answers at `address` (its port is the real one); `secure`: TLS and token."""
+
+    address: Address
+    secure: bool
+    _server: Any
+    _health: Any
+
+    async def stop(self, grace_s: float = 2.0) -> None:
+        """Say NOT_SERVING, take no new calls, give running ones `grace_s` seconds, then end them."""
+        await self._health.enter_graceful_shutdown()
+        await self._server.stop(grace_s)
+
+    async def wait(self) -> None:
+        """Return when the server has stopped."""
+        await self._server.wait_for_termination()
+
+
+async def start_server(
+    handlers: Handlers,
+    listen: str,
+    *,
+    security: ServerSecurity | None = None,
+    insecure: bool = False,
+    chunk_bytes: int = DEFAULT_CHUNK_BYTES,
+) -> RunningServer:
+    """Listen at HOST:PORT (port 0: any free one) and serve `handlers`.
+
+    Raises BadAddress, and CannotListen where the port is taken or plain traffic would leave the machine unasked.
+    """
+    assert 0 < chunk_bytes <= MAX_CHUNK_BYTES
+    address = parse_address(listen)
+    _check_protection(address, security, insecure)
+    interceptors = [ErrorInterceptor(), *([TokenInterceptor(security)] if security else [])]
+    server = grpc.aio.server(interceptors=interceptors, options=_OPTIONS)
+    pb_grpc.add_CoordinatorServicer_to_server(CoordinatorService(handlers, chunk_bytes), server)
+    pb_grpc.add_BlobExchangeServicer_to_server(BlobService(handlers, chunk_bytes), server)
+    services = [service.full_name for service in pb.DESCRIPTOR.services_by_name.values()]
+    health_service = await _add_health(server, services)
+    reflection.enable_server_reflection((*services, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+    port = _bind(server, address, security)
+    await server.start()
+    return RunningServer(Address(address.host, port), security is not None, server, health_service)
+
+
+def _check_protection(address: Address, security: ServerSecurity | None, insecure: bool) -> None:
+    if security is not None or address.is_loopback:
+        return
+    if not insecure:
+        raise CannotListen(
+            f"{address} is reachable from other machines and the run has no certificates; make them with "
+            "`dipaco certs`, listen on 127.0.0.1, or pass --insecure on a network you trust"
+        )
+    logger.warning(
+        "listening at %s without TLS and without a token: anyone who reaches it can join or read the run", address
+    )
+
+
+async def _add_health(server: Any, services: Sequence[str]) -> Any:
+    servicer = health.aio.HealthServicer()  # type: ignore[attr-defined, unused-ignore]
+    health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
+    for service in ("", *services):
+        await servicer.set(service, health_pb2.HealthCheckResponse.SERVING)
+    return servicer
+
+
+def _bind(server: Any, address: Address, security: ServerSecurity | None) -> int:
+    """Bind the address; returns the port. Raises CannotListen."""
+    try:
+        if security is None:
+            port = int(server.add_insecure_port(str(address)))
+        else:
+            pair = (security.key_pem, security.certificate_pem)
+            port = int(server.add_secure_port(str(address), grpc.ssl_server_credentials([pair])))
+    except RuntimeError:
+        port = 0
+    if port == 0:
+        raise CannotListen(f"cannot listen at {address}: the port is taken or the host is not one of this machine's")
+    return port

@@ -1,0 +1,110 @@
+"""What every call passes on its way into a server: the token check, and the translation of exceptions into statuses.
+
+The order is ErrorInterceptor outside, TokenInterceptor inside, so that a refused token travels like any other refusal.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, NoReturn
+
+import grpc
+import grpc.aio
+
+from protocol.errors import NAME_KEY, NotAllowed, Refusal, one_line, refusal_of
+from protocol.security import ServerSecurity
+
+logger = logging.getLogger(__name__)
+
+Continuation = Callable[[Any], Awaitable[Any]]
+_SHAPES = ("unary_unary", "unary_stream", "stream_unary", "stream_stream")
+_HEALTH = "/grpc.health.v1.Health/"
+
+
+def _shape(handler: Any) -> str:
+    """Which of the four behaviours a method handler has."""
+    return next(shape for shape in _SHAPES if getattr(handler, shape) is not None)
+
+
+def _with_behaviour(handler: Any, behaviour: Any) -> Any:
+    """The same method with another behaviour."""
+    make = getattr(grpc, f"{_shape(handler)}_rpc_method_handler")
+    return make(behaviour, handler.request_deserializer, handler.response_serializer)
+
+
+async def _abort(context: Any, error: Exception) -> NoReturn:
+    refusal = refusal_of(error)
+    if refusal is None:
+        logger.error("a call failed unexpectedly", exc_info=error)
+        refusal = Refusal(
+            "INTERNAL", "RemoteFailure", one_line(f"the coordinator failed: {type(error).__name__}: {error}")
+        )
+    await context.abort(getattr(grpc.StatusCode, refusal.status), refusal.message, ((NAME_KEY, refusal.name),))
+    raise AssertionError("abort returns never")
+
+
+def _translating(behaviour: Any, streams: bool) -> Any:
+    """The behaviour with its exceptions turned into statuses."""
+
+    async def answer(request: Any, context: Any) -> Any:
+        try:
+            return await behaviour(request, context)
+        except grpc.aio.AbortError:
+            raise
+        except Exception as error:
+            await _abort(context, error)
+
+    async def answer_stream(request: Any, context: Any) -> AsyncIterator[Any]:
+        try:
+            async for message in behaviour(request, context):
+                yield message
+        except grpc.aio.AbortError:
+            raise
+        except Exception as error:
+            await _abort(context, error)
+
+    return answer_stream if streams else answer
+
+
+class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc, type-arg, unused-ignore]
+    """Applies the table of protocol.errors to every call of dipaco's services."""
+
+    async def intercept_service(self, continuation: Continuation, handler_call_details: Any) -> Any:
+        handler = await continuation(handler_call_details)
+        if handler is None or not handler_call_details.method.startswith("/dipaco."):
+            return handler
+        shape = _shape(handler)
+        return _with_behaviour(handler, _translating(getattr(handler, shape), shape.endswith("stream")))
+
+
+class TokenInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc, type-arg, unused-ignore]
+    """Lets in only calls that carry the run's token; the health service answers anyone."""
+
+    def __init__(self, security: ServerSecurity) -> None:
+        self._security = security
+
+    async def intercept_service(self, continuation: Continuation, handler_call_details: Any) -> Any:
+        handler = await continuation(handler_call_details)
+        if handler is None or handler_call_details.method.startswith(_HEALTH):
+            return handler
+        presented = dict(handler_call_details.invocation_metadata or ()).get("authorization", "")
+        if self._security.admits(presented):
+            return handler
+        reason = "wrong" if presented else "missing"
+        return _with_behaviour(
+            handler, _refusing(NotAllowed(f"the join token is {reason}; use the run's join file"), handler)
+        )
+
+
+def _refusing(error: NotAllowed, handler: Any) -> Any:
+    """A behaviour of the handler's shape that refuses every call."""
+
+    async def refuse(request: Any, context: Any) -> Any:
+        await _abort(context, error)
+
+    async def refuse_stream(request: Any, context: Any) -> AsyncIterator[Any]:
+        await _abort(context, error)
+        yield
+
+    return refuse_stream if _shape(handler).endswith("stream") else refuse

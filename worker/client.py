@@ -1,0 +1,332 @@
+"""The worker's side of the wire, and that of `dipaco status`: plain values in and out, protocol.errors raised.
+
+Every call is idempotent, so all are tried again here, and only here, while nobody answers; transfers go on where they
+were cut off. A coordinator that was restarted and does not know the worker any more is greeted again on the way.
+Threads may share a client.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import grpc
+
+from protocol import dipaco_pb2 as pb
+from protocol import dipaco_pb2_grpc as pb_grpc
+from protocol.address import Address
+from protocol.channel import call_metadata, open_channel
+from protocol.errors import CorruptBlob, Unavailable, UnknownWorker, from_rpc_error
+from protocol.joinfile import JoinFile
+from protocol.patience import Patience
+from protocol.tasks import (
+    Capabilities,
+    EvaluateSpec,
+    FeaturizeSpec,
+    MalformedMessage,
+    PackSpec,
+    TaskResult,
+    TrainSpec,
+    decode_spec,
+    encode,
+)
+from protocol.tensors import DEFAULT_CHUNK_BYTES, UploadHeader, file_chunks
+from protocol.version import PROTOCOL_MAJOR, PROTOCOL_MINOR, package_version
+from worker.download import Download
+
+T = TypeVar("T")
+
+CALL_DEADLINE_S = 30.0
+HEARTBEAT_DEADLINE_S = 10.0
+RELEASE_PATIENCE_S = 3.0
+# A transfer that takes longer is cut here and goes on where it was: a stuck peer cannot hold it for ever.
+TRANSFER_DEADLINE_S = 600.0
+
+
+@dataclass(frozen=True, slots=True)
+class Welcome:
+    """What the coordinator tells a worker that joins."""
+
+    worker_id: str
+    run_name: str
+    config_json: str
+    heartbeat_s: float
+    chunk_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """A task (`spec` is set), or why there is none (`waiting_for`), or that the run is over (`finished`)."""
+
+    task_id: str
+    fence: int
+    lease_s: float
+    spec: PackSpec | FeaturizeSpec | TrainSpec | EvaluateSpec | None
+    waiting_for: str
+    finished: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Pulse:
+    """The answer to a heartbeat: whether the lease is gone, else the seconds it lasts without another."""
+
+    lost: bool
+    lease_s: float
+
+
+def _ignore(_: object) -> None:
+    """Nobody wants to hear."""
+
+
+def _shorter(limit_s: float | None, other_s: float) -> float:
+    return other_s if limit_s is None else min(limit_s, other_s)
+
+
+class WorkerClient:
+    """One coordinator as a worker sees it. Every method raises the exceptions of protocol.errors.WIRE_ERRORS.
+
+    `patience_s`: how long a call is tried while nobody answers (None: no limit). `say` is told, in one sentence, when
+    waiting starts and when it is over.
+    """
+
+    def __init__(
+        self,
+        address: Address,
+        join: JoinFile | None = None,
+        *,
+        insecure: bool = False,
+        patience_s: float | None = None,
+        say: Callable[[str], None] = _ignore,
+    ) -> None:
+        self._address = address
+        self._channel = open_channel(address, join, insecure=insecure)
+        self._metadata = call_metadata(join)
+        self._control = pb_grpc.CoordinatorStub(self._channel)
+        self._blobs = pb_grpc.BlobExchangeStub(self._channel)
+        self._patience_s = patience_s
+        self._say = say
+        self._closed = threading.Event()
+        self._waiting = False
+        self._generator = random.Random()
+        self._greeting: Any = None
+        self._greeting_lock = threading.Lock()
+        self._chunk_bytes = DEFAULT_CHUNK_BYTES
+
+    # --- control plane ----------------------------------------------------------------------------------------------
+
+    def hello(self, worker_name: str, capabilities: Capabilities, worker_id: str = "") -> Welcome:
+        """Join the run, or come back under the id given before. Raises VersionMismatch, NotAllowed."""
+        greeting = pb.HelloRequest(
+            protocol_major=PROTOCOL_MAJOR,
+            protocol_minor=PROTOCOL_MINOR,
+            package_version=package_version(),
+            worker_name=worker_name,
+            capabilities=encode(capabilities),
+            worker_id=worker_id,
+        )
+        reply = self._call(self._control.Hello, greeting, patience_s=self._patience_s)
+        greeting.worker_id = reply.worker_id
+        self._greeting = greeting
+        self._chunk_bytes = int(reply.chunk_bytes) or DEFAULT_CHUNK_BYTES
+        return Welcome(reply.worker_id, reply.run_name, reply.config_json, reply.heartbeat_s, self._chunk_bytes)
+
+    def lease(self, worker_id: str, wait_s: float, cached_digests: Sequence[str] = ()) -> Lease:
+        """Ask for a task; the coordinator may keep the call for `wait_s` seconds."""
+        request = pb.LeaseRequest(worker_id=worker_id, wait_s=wait_s, cached_digests=cached_digests)
+        reply = self._known_call(self._control.Lease, request, wait_s + CALL_DEADLINE_S, self._patience_s)
+        spec = decode_spec(reply.spec) if reply.task_id else None
+        return Lease(reply.task_id, reply.fence, reply.lease_s, spec, reply.waiting_for, reply.finished)
+
+    def heartbeat(
+        self, worker_id: str, task_id: str, fence: int, *, steps: int = 0, loss: float = float("nan"), tokens: int = 0
+    ) -> Pulse:
+        """Extend the lease and report progress; `loss` in nats per token. Tried once: the next one follows anyway."""
+        request = pb.HeartbeatRequest(
+            worker_id=worker_id, task_id=task_id, fence=fence, steps=steps, loss=loss, tokens=tokens
+        )
+        reply = self._known_call(self._control.Heartbeat, request, HEARTBEAT_DEADLINE_S, patience_s=0.0)
+        return Pulse(reply.lost, reply.lease_s)
+
+    def complete(self, worker_id: str, task_id: str, fence: int, result: TaskResult) -> bool:
+        """Make the task's uploaded outputs count; True where they did already. Raises StaleLease."""
+        request = pb.CompleteRequest(worker_id=worker_id, task_id=task_id, fence=fence, result=encode(result))
+        return bool(self._known_call(self._control.Complete, request, CALL_DEADLINE_S, self._patience_s).duplicate)
+
+    def release(self, worker_id: str, task_id: str, fence: int, reason: str = "", *, leaving: bool = False) -> None:
+        """Give a task back (with a reason: the attempt failed), or leave the run (`task_id` may be empty).
+
+        Tried for a moment only, since a lease that is not given back ends by itself.
+        """
+        request = pb.ReleaseRequest(worker_id=worker_id, task_id=task_id, fence=fence, reason=reason, leaving=leaving)
+        self._call(self._control.Release, request, patience_s=_shorter(self._patience_s, RELEASE_PATIENCE_S))
+
+    def status(self) -> dict[str, Any]:
+        """The state of the run."""
+        status: dict[str, Any] = json.loads(
+            self._call(self._control.Status, pb.StatusRequest(), patience_s=self._patience_s).status_json
+        )
+        return status
+
+    # --- data plane -------------------------------------------------------------------------------------------------
+
+    def fetch_to(self, digest: str, path: Path, progress: Callable[[int], None] = _ignore) -> int:
+        """Bring the blob to `path`; returns the bytes that came over the wire this time.
+
+        What an earlier attempt left in `path`.part is continued. The file appears whole, verified and durable, or not
+        at all. `progress` is told the bytes of each chunk. Raises UnknownBlob, CorruptBlob, DiskFull.
+        """
+        patience = self._patience()
+        with Download(digest, path) as download:
+            while True:
+                try:
+                    self._patiently(lambda: self._fetch_rest(download, patience, progress), patience)
+                    download.finish()
+                    return download.received_bytes
+                except (CorruptBlob, MalformedMessage):
+                    if not download.resumed:
+                        raise
+                    download.restart()
+
+    def upload(self, path: Path, header: UploadHeader, progress: Callable[[int], None] = _ignore) -> int:
+        """Send a task's output; returns the bytes that went over the wire.
+
+        What the coordinator holds is not sent again; `header.offset` is ignored. Raises StaleLease, RejectedTensor,
+        CorruptBlob (after a second attempt), DiskFull.
+        """
+        sending = _Sending(path, header, self._patience(), progress)
+        try:
+            self._patiently(lambda: self._upload_rest(sending, self._offset(header)), sending.patience)
+        except CorruptBlob:
+            self._patiently(lambda: self._upload_rest(sending, 0), sending.patience)
+        return sending.sent_bytes
+
+    def close(self) -> None:
+        """End the calls under way (they raise Unavailable) and every later one. Any thread may call it."""
+        self._closed.set()
+        self._channel.close()
+
+    def __enter__(self) -> WorkerClient:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # --- one attempt ------------------------------------------------------------------------------------------------
+
+    def _fetch_rest(self, download: Download, patience: Patience, progress: Callable[[int], None]) -> None:
+        request = pb.FetchRequest(digest=download.digest, offset=download.offset)
+        with self._translated():
+            stream = self._blobs.Fetch(request, timeout=TRANSFER_DEADLINE_S, metadata=self._metadata)
+            try:
+                for chunk in stream:
+                    download.append(chunk.data, chunk.total_bytes)
+                    patience.progressed()
+                    progress(len(chunk.data))
+            finally:
+                stream.cancel()
+
+    def _offset(self, header: UploadHeader) -> int:
+        request = pb.OffsetRequest(task_id=header.task_id, fence=header.fence, digest=header.digest)
+        with self._translated():
+            return int(self._blobs.Offset(request, timeout=CALL_DEADLINE_S, metadata=self._metadata).offset)
+
+    def _upload_rest(self, sending: _Sending, offset: int) -> None:
+        with self._translated():
+            messages = sending.messages(offset, self._chunk_bytes)
+            self._blobs.Upload(messages, timeout=TRANSFER_DEADLINE_S, metadata=self._metadata)
+
+    def _once(self, method: Callable[..., T], request: Any, deadline_s: float) -> T:
+        with self._translated():
+            return method(request, timeout=deadline_s, metadata=self._metadata)
+
+    @contextlib.contextmanager
+    def _translated(self) -> Iterator[None]:
+        """Domain exceptions instead of gRPC's."""
+        if self._closed.is_set():
+            raise Unavailable(f"the connection to {self._address} was closed here")
+        try:
+            yield
+        except grpc.RpcError as error:
+            raise from_rpc_error(error, str(self._address)) from None
+        except ValueError:
+            if self._closed.is_set():  # gRPC's answer to a call on a closed channel
+                raise Unavailable(f"the connection to {self._address} was closed here") from None
+            raise
+
+    # --- trying again -----------------------------------------------------------------------------------------------
+
+    def _patience(self) -> Patience:
+        return Patience(self._patience_s, self._generator)
+
+    def _call(
+        self,
+        method: Callable[..., Any],
+        request: Any,
+        deadline_s: float = CALL_DEADLINE_S,
+        *,
+        patience_s: float | None,
+    ) -> Any:
+        patience = Patience(patience_s, self._generator)
+        return self._patiently(lambda: self._once(method, request, deadline_s), patience)
+
+    def _known_call(self, method: Callable[..., Any], request: Any, deadline_s: float, patience_s: float | None) -> Any:
+        """A call that needs the coordinator to know the worker: one that forgot it is greeted again, once."""
+        try:
+            return self._call(method, request, deadline_s, patience_s=patience_s)
+        except UnknownWorker:
+            if self._greeting is None:
+                raise
+            with self._greeting_lock:
+                self._call(self._control.Hello, self._greeting, patience_s=patience_s)
+            return self._call(method, request, deadline_s, patience_s=patience_s)
+
+    def _patiently(self, attempt: Callable[[], T], patience: Patience) -> T:
+        """The attempt's result; while nobody answers it is made again, as long as patience lasts."""
+        while True:
+            try:
+                result = attempt()
+            except Unavailable as error:
+                wait_s = patience.next_wait_s(time.monotonic())
+                if wait_s is None or self._closed.is_set():
+                    raise
+                self._tell(waiting=True, sentence=f"{error}; trying again")
+                self._closed.wait(wait_s)
+            else:
+                self._tell(waiting=False, sentence=f"{self._address} answers again")
+                return result
+
+    def _tell(self, *, waiting: bool, sentence: str) -> None:
+        """Tell of the start and of the end of a silence, not of each attempt."""
+        if waiting != self._waiting:
+            self._waiting = waiting
+            self._say(sentence)
+
+
+class _Sending:
+    """One upload over all its attempts: what is sent, and how much of it has been handed to the wire."""
+
+    def __init__(self, path: Path, header: UploadHeader, patience: Patience, progress: Callable[[int], None]) -> None:
+        self.patience = patience
+        self.sent_bytes = 0
+        self._path = path
+        self._header = header
+        self._progress = progress
+        self._farthest = 0
+
+    def messages(self, offset: int, chunk_bytes: int) -> Iterator[Any]:
+        """The header, then the file from `offset` on. Having got farther than any attempt before renews patience."""
+        if offset > self._farthest:
+            self._farthest = offset
+            self.patience.progressed()
+        yield pb.UploadChunk(header=encode(self._header.model_copy(update={"offset": offset})))
+        for data in file_chunks(self._path, offset, chunk_bytes):
+            yield pb.UploadChunk(data=data)
+            self.sent_bytes += len(data)
+            self._progress(len(data))
