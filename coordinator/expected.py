@@ -1,0 +1,93 @@
+"""What an output of a task may be, and whether the bytes that came are that: digest, names, shapes, finite values."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from coordinator.outer import squared_norm
+from model import tensor_file
+from model.layout import TensorSpec
+from protocol.errors import CorruptBlob, RejectedTensor
+from protocol.tensors import UploadHeader
+
+RECORD_BYTES = 256 * 1024**2
+TOKENS_BYTES = 4 * 1024**3
+_CHUNK_ELEMENTS = 1 << 18
+
+
+@dataclass(frozen=True, slots=True)
+class ExpectedOutput:
+    """Exactly these tensors (`module`, `inner_state`), or, for `record` and `tokens`, a bounded number of any bytes."""
+
+    kind: str
+    tensors: tuple[TensorSpec, ...] = ()
+    max_bytes: int | None = None  # None: RECORD_BYTES or TOKENS_BYTES; of no use where there are tensors
+
+    @property
+    def limit_bytes(self) -> int:
+        """The size that tensors have, or the most that other bytes may have."""
+        if self.tensors:
+            return len(tensor_file.header_bytes(self.tensors)) + 4 * tensor_file.num_elements(self.tensors)
+        if self.max_bytes is not None:
+            return self.max_bytes
+        return TOKENS_BYTES if self.kind == "tokens" else RECORD_BYTES
+
+    def check_header(self, header: UploadHeader) -> None:
+        """Refuse an upload by what it declares, before a byte of it is taken. Raises RejectedTensor."""
+        what = _name(header)
+        if header.kind != self.kind:
+            raise RejectedTensor(f"{what} is announced as {header.kind}, expected {self.kind}")
+        self._check_declared(what, {name: tuple(shape) for name, _, shape in header.tensors})
+        limit_bytes = self.limit_bytes
+        if self.tensors and header.size != limit_bytes:
+            raise RejectedTensor(f"{what} has {header.size} bytes, expected exactly {limit_bytes}")
+        if header.size > limit_bytes:
+            raise RejectedTensor(f"{what} has {header.size} bytes; at most {limit_bytes} are accepted")
+
+    def _check_declared(self, what: str, declared: dict[str, tuple[int, ...]]) -> None:
+        for spec in self.tensors:
+            if spec.name not in declared:
+                raise RejectedTensor(f"{what} lacks {spec.name} of shape {spec.shape}")
+            if (shape := declared.pop(spec.name)) != spec.shape:
+                raise RejectedTensor(f"{what}: {spec.name} has shape {shape}, expected {spec.shape}")
+        if declared:
+            raise RejectedTensor(f"{what} holds {min(declared)}, which is not expected")
+
+    def check_file(self, path: Path, header: UploadHeader) -> float:
+        """The L2 norm of a whole upload's tensors (0 without tensors).
+
+        Raises CorruptBlob for another digest, RejectedTensor naming the tensor that is not as expected.
+        """
+        what = _name(header)
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if digest != header.digest:
+            raise CorruptBlob(f"{what} has digest {digest}, announced as {header.digest}; send it from the start")
+        if not self.tensors:
+            return 0.0
+        try:
+            tensor_file.open_flat(path, self.tensors)
+        except tensor_file.TensorMismatch as error:
+            raise RejectedTensor(f"{what}: {error}") from None
+        return self._norm(path, what)
+
+    def _norm(self, path: Path, what: str) -> float:
+        squares = 0.0
+        with path.open("rb") as file:
+            file.seek(len(tensor_file.header_bytes(self.tensors)))
+            for spec in sorted(self.tensors, key=lambda spec: spec.name):
+                for first in range(0, spec.num_elements, _CHUNK_ELEMENTS):
+                    chunk = np.fromfile(file, "<f4", min(_CHUNK_ELEMENTS, spec.num_elements - first))
+                    if not np.isfinite(chunk).all():
+                        raise RejectedTensor(f"{what}: {spec.name} holds a value that is not finite")
+                    squares += squared_norm(chunk)
+        return math.sqrt(squares)
+
+
+def _name(header: UploadHeader) -> str:
+    return f"output {header.output!r} of task {header.task_id}"
