@@ -1,7 +1,7 @@
 """What a lease asks for and what a worker answers: task specs, their results, and what a worker is able to do.
 
-The coordinator writes specs and reads results, the worker the reverse; both sides validate with pydantic, so a malformed
-message is one clear error. Travels as msgpack inside the .proto's `spec`, `result` and `capabilities` fields.
+The coordinator writes specs and reads results, the worker the reverse; both sides validate with pydantic, so a
+malformed message is one clear error. Travels as msgpack inside the .proto's `spec`, `result` and `capabilities` fields.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class PathRef(Message):
 
 
 class PackSpec(Message):
-    """`tokenize`: one range of documents (text blob) to a token file. `gather`: the sequences of a shard, from token files.
+    """`tokenize`: a range of documents (text blob) to a token file. `gather`: the sequences of a shard, from token files.
 
     Output `tokens`: a token file.
     """
@@ -79,8 +79,8 @@ class PackSpec(Message):
 class FeaturizeSpec(Message):
     """Features z of the sequences of one token file under the base path, and what the router makes of them.
 
-    `sample`: output `features`, a seeded sample of z. `assign`: output `assignments`, the `top_n` shards of every sequence.
-    `route`: output `routes`, the path of every evaluated sequence and of its chunks for each interval (tokens).
+    `sample`: output `features`, a seeded sample of z. `assign`: output `assignments`, the `top_n` shards of every
+    sequence. `route`: output `routes`, the path of every evaluated sequence and of its chunks for each interval (tokens).
     """
 
     kind: Literal["featurize"] = "featurize"
@@ -101,8 +101,9 @@ class FeaturizeSpec(Message):
 class TrainSpec(Message):
     """`steps` inner AdamW steps of one shard on its path, from module versions and the shard's inner state.
 
-    `first_step` is the path's step counter (learning rate), `shard_step` the steps already done in the shard (data cursor).
-    Outputs: one contribution per module id (start minus end; for `assign` the end itself), and `inner_state` where kept.
+    `first_step` is the path's step counter (learning rate), `shard_step` the steps already done in the shard (data
+    cursor). Outputs: one contribution per module id (start minus end; for `assign` the end itself), and `inner_state`
+    where kept.
     """
 
     kind: Literal["train"] = "train"
@@ -159,7 +160,7 @@ class TaskResult(Message):
 
 
 class Capabilities(Message):
-    """What a worker offers: its devices by preference, memory free for a task in bytes, threads and fingerprint class."""
+    """What a worker offers: devices by preference, memory free for a task in bytes, threads and fingerprint class."""
 
     devices: list[Literal["cpu", "cuda", "mps"]]
     memory_bytes: Count

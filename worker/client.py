@@ -9,21 +9,17 @@ from __future__ import annotations
 
 import contextlib
 import json
-import random
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
-
-import grpc
+from typing import Any
 
 from protocol import dipaco_pb2 as pb
 from protocol import dipaco_pb2_grpc as pb_grpc
 from protocol.address import Address
-from protocol.channel import call_metadata, open_channel
-from protocol.errors import CorruptBlob, Unavailable, UnknownWorker, from_rpc_error
+from protocol.connection import Connection, ignore
+from protocol.errors import CorruptBlob, UnknownWorker
 from protocol.joinfile import JoinFile
 from protocol.patience import Patience
 from protocol.tasks import (
@@ -40,8 +36,6 @@ from protocol.tasks import (
 from protocol.tensors import DEFAULT_CHUNK_BYTES, UploadHeader, file_chunks
 from protocol.version import PROTOCOL_MAJOR, PROTOCOL_MINOR, package_version
 from worker.download import Download
-
-T = TypeVar("T")
 
 CALL_DEADLINE_S = 30.0
 HEARTBEAT_DEADLINE_S = 10.0
@@ -81,10 +75,6 @@ class Pulse:
     lease_s: float
 
 
-def _ignore(_: object) -> None:
-    """Nobody wants to hear."""
-
-
 def _shorter(limit_s: float | None, other_s: float) -> float:
     return other_s if limit_s is None else min(limit_s, other_s)
 
@@ -103,18 +93,12 @@ class WorkerClient:
         *,
         insecure: bool = False,
         patience_s: float | None = None,
-        say: Callable[[str], None] = _ignore,
+        say: Callable[[str], None] = ignore,
     ) -> None:
-        self._address = address
-        self._channel = open_channel(address, join, insecure=insecure)
-        self._metadata = call_metadata(join)
-        self._control = pb_grpc.CoordinatorStub(self._channel)
-        self._blobs = pb_grpc.BlobExchangeStub(self._channel)
+        self._connection = Connection(address, join, insecure=insecure, say=say)
+        self._control = pb_grpc.CoordinatorStub(self._connection.channel)
+        self._blobs = pb_grpc.BlobExchangeStub(self._connection.channel)
         self._patience_s = patience_s
-        self._say = say
-        self._closed = threading.Event()
-        self._waiting = False
-        self._generator = random.Random()
         self._greeting: Any = None
         self._greeting_lock = threading.Lock()
         self._chunk_bytes = DEFAULT_CHUNK_BYTES
@@ -131,7 +115,7 @@ class WorkerClient:
             capabilities=encode(capabilities),
             worker_id=worker_id,
         )
-        reply = self._call(self._control.Hello, greeting, patience_s=self._patience_s)
+        reply = self._connection.call(self._control.Hello, greeting, CALL_DEADLINE_S, self._patience_s)
         greeting.worker_id = reply.worker_id
         self._greeting = greeting
         self._chunk_bytes = int(reply.chunk_bytes) or DEFAULT_CHUNK_BYTES
@@ -165,28 +149,30 @@ class WorkerClient:
         Tried for a moment only, since a lease that is not given back ends by itself.
         """
         request = pb.ReleaseRequest(worker_id=worker_id, task_id=task_id, fence=fence, reason=reason, leaving=leaving)
-        self._call(self._control.Release, request, patience_s=_shorter(self._patience_s, RELEASE_PATIENCE_S))
+        self._connection.call(
+            self._control.Release, request, RELEASE_PATIENCE_S, _shorter(self._patience_s, RELEASE_PATIENCE_S)
+        )
 
     def status(self) -> dict[str, Any]:
         """The state of the run."""
-        status: dict[str, Any] = json.loads(
-            self._call(self._control.Status, pb.StatusRequest(), patience_s=self._patience_s).status_json
-        )
+        call = self._connection.call
+        reply = call(self._control.Status, pb.StatusRequest(), CALL_DEADLINE_S, self._patience_s)
+        status: dict[str, Any] = json.loads(reply.status_json)
         return status
 
     # --- data plane -------------------------------------------------------------------------------------------------
 
-    def fetch_to(self, digest: str, path: Path, progress: Callable[[int], None] = _ignore) -> int:
+    def fetch_to(self, digest: str, path: Path, progress: Callable[[int], None] = ignore) -> int:
         """Bring the blob to `path`; returns the bytes that came over the wire this time.
 
         What an earlier attempt left in `path`.part is continued. The file appears whole, verified and durable, or not
         at all. `progress` is told the bytes of each chunk. Raises UnknownBlob, CorruptBlob, DiskFull.
         """
-        patience = self._patience()
+        patience = self._connection.patience(self._patience_s)
         with Download(digest, path) as download:
             while True:
                 try:
-                    self._patiently(lambda: self._fetch_rest(download, patience, progress), patience)
+                    self._connection.patiently(lambda: self._fetch_rest(download, patience, progress), patience)
                     download.finish()
                     return download.received_bytes
                 except (CorruptBlob, MalformedMessage):
@@ -194,23 +180,22 @@ class WorkerClient:
                         raise
                     download.restart()
 
-    def upload(self, path: Path, header: UploadHeader, progress: Callable[[int], None] = _ignore) -> int:
+    def upload(self, path: Path, header: UploadHeader, progress: Callable[[int], None] = ignore) -> int:
         """Send a task's output; returns the bytes that went over the wire.
 
         What the coordinator holds is not sent again; `header.offset` is ignored. Raises StaleLease, RejectedTensor,
         CorruptBlob (after a second attempt), DiskFull.
         """
-        sending = _Sending(path, header, self._patience(), progress)
+        sending = _Sending(path, header, self._connection.patience(self._patience_s), progress)
         try:
-            self._patiently(lambda: self._upload_rest(sending, self._offset(header)), sending.patience)
+            self._connection.patiently(lambda: self._upload_rest(sending, self._offset(header)), sending.patience)
         except CorruptBlob:
-            self._patiently(lambda: self._upload_rest(sending, 0), sending.patience)
+            self._connection.patiently(lambda: self._upload_rest(sending, 0), sending.patience)
         return sending.sent_bytes
 
     def close(self) -> None:
         """End the calls under way (they raise Unavailable) and every later one. Any thread may call it."""
-        self._closed.set()
-        self._channel.close()
+        self._connection.close()
 
     def __enter__(self) -> WorkerClient:
         return self
@@ -222,91 +207,31 @@ class WorkerClient:
 
     def _fetch_rest(self, download: Download, patience: Patience, progress: Callable[[int], None]) -> None:
         request = pb.FetchRequest(digest=download.digest, offset=download.offset)
-        with self._translated():
-            stream = self._blobs.Fetch(request, timeout=TRANSFER_DEADLINE_S, metadata=self._metadata)
-            try:
-                for chunk in stream:
-                    download.append(chunk.data, chunk.total_bytes)
-                    patience.progressed()
-                    progress(len(chunk.data))
-            finally:
-                stream.cancel()
+        with contextlib.closing(self._connection.stream(self._blobs.Fetch, request, TRANSFER_DEADLINE_S)) as chunks:
+            for chunk in chunks:
+                download.append(chunk.data, chunk.total_bytes)
+                patience.progressed()
+                progress(len(chunk.data))
 
     def _offset(self, header: UploadHeader) -> int:
         request = pb.OffsetRequest(task_id=header.task_id, fence=header.fence, digest=header.digest)
-        with self._translated():
-            return int(self._blobs.Offset(request, timeout=CALL_DEADLINE_S, metadata=self._metadata).offset)
+        return int(self._connection.once(self._blobs.Offset, request, CALL_DEADLINE_S).offset)
 
     def _upload_rest(self, sending: _Sending, offset: int) -> None:
-        with self._translated():
-            messages = sending.messages(offset, self._chunk_bytes)
-            self._blobs.Upload(messages, timeout=TRANSFER_DEADLINE_S, metadata=self._metadata)
-
-    def _once(self, method: Callable[..., T], request: Any, deadline_s: float) -> T:
-        with self._translated():
-            return method(request, timeout=deadline_s, metadata=self._metadata)
-
-    @contextlib.contextmanager
-    def _translated(self) -> Iterator[None]:
-        """Domain exceptions instead of gRPC's."""
-        if self._closed.is_set():
-            raise Unavailable(f"the connection to {self._address} was closed here")
-        try:
-            yield
-        except grpc.RpcError as error:
-            raise from_rpc_error(error, str(self._address)) from None
-        except ValueError:
-            if self._closed.is_set():  # gRPC's answer to a call on a closed channel
-                raise Unavailable(f"the connection to {self._address} was closed here") from None
-            raise
-
-    # --- trying again -----------------------------------------------------------------------------------------------
-
-    def _patience(self) -> Patience:
-        return Patience(self._patience_s, self._generator)
-
-    def _call(
-        self,
-        method: Callable[..., Any],
-        request: Any,
-        deadline_s: float = CALL_DEADLINE_S,
-        *,
-        patience_s: float | None,
-    ) -> Any:
-        patience = Patience(patience_s, self._generator)
-        return self._patiently(lambda: self._once(method, request, deadline_s), patience)
+        messages = sending.messages(offset, self._chunk_bytes)
+        self._connection.once(self._blobs.Upload, messages, TRANSFER_DEADLINE_S)
 
     def _known_call(self, method: Callable[..., Any], request: Any, deadline_s: float, patience_s: float | None) -> Any:
         """A call that needs the coordinator to know the worker: one that forgot it is greeted again, once."""
+        call = self._connection.call
         try:
-            return self._call(method, request, deadline_s, patience_s=patience_s)
+            return call(method, request, deadline_s, patience_s)
         except UnknownWorker:
             if self._greeting is None:
                 raise
             with self._greeting_lock:
-                self._call(self._control.Hello, self._greeting, patience_s=patience_s)
-            return self._call(method, request, deadline_s, patience_s=patience_s)
-
-    def _patiently(self, attempt: Callable[[], T], patience: Patience) -> T:
-        """The attempt's result; while nobody answers it is made again, as long as patience lasts."""
-        while True:
-            try:
-                result = attempt()
-            except Unavailable as error:
-                wait_s = patience.next_wait_s(time.monotonic())
-                if wait_s is None or self._closed.is_set():
-                    raise
-                self._tell(waiting=True, sentence=f"{error}; trying again")
-                self._closed.wait(wait_s)
-            else:
-                self._tell(waiting=False, sentence=f"{self._address} answers again")
-                return result
-
-    def _tell(self, *, waiting: bool, sentence: str) -> None:
-        """Tell of the start and of the end of a silence, not of each attempt."""
-        if waiting != self._waiting:
-            self._waiting = waiting
-            self._say(sentence)
+                call(self._control.Hello, self._greeting, CALL_DEADLINE_S, patience_s)
+            return call(method, request, deadline_s, patience_s)
 
 
 class _Sending:
