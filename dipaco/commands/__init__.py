@@ -1,0 +1,26 @@
+"""The commands, one file each. Heavy imports happen inside them, so that `dipaco --help` answers at once."""
+
+from __future__ import annotations
+
+import typer
+
+from dipaco.commands.certs import certs
+from dipaco.commands.coordinator import coordinator
+from dipaco.commands.corpus import corpus
+from dipaco.commands.digest import digest
+from dipaco.commands.evaluate import evaluate
+from dipaco.commands.generate import generate
+from dipaco.commands.run import run
+from dipaco.commands.status import status
+from dipaco.commands.worker import worker
+
+app = typer.Typer(
+    name="dipaco",
+    help="Train language models on machines that are far apart, uneven and preemptible; answer with one small path.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+for command in (run, coordinator, worker, certs, status, evaluate, generate, digest, corpus):
+    app.command()(command)

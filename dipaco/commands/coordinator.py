@@ -1,0 +1,45 @@
+"""`dipaco coordinator`: the control plane of one run, for workers on any machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dipaco.commands.options import ConfigFile, Insecure, Parent, RunDir
+
+
+def coordinator(
+    config: ConfigFile,
+    run_dir: RunDir = None,
+    listen: Annotated[str, typer.Option(help="HOST:PORT to listen on; port 0 takes a free one.")] = "127.0.0.1:7070",
+    insecure: Insecure = False,
+    parent: Parent = None,
+) -> None:
+    """Coordinate a run until it is finished; started again on the same run directory, it continues where it was."""
+    from configs.load import load_config
+    from coordinator.coordinator import serve
+    from coordinator.snapshot import RunSnapshot
+    from dipaco.ending import UNFINISHED, say_wrong
+    from dipaco.parent import stop_without
+
+    loaded = load_config(config)
+    directory = run_dir or Path("runs") / loaded.name
+    if parent is not None:
+        stop_without(parent)
+    serve(
+        loaded,
+        directory,
+        listen,
+        insecure=insecure,
+        ready=lambda address: _say(f"run {loaded.name} in {directory}, listening on {address}"),
+        say=_say,
+    )
+    if not RunSnapshot.open(directory).state.standing.finished:
+        say_wrong(f"stopped before the end; the same command continues the run in {directory}")
+        raise typer.Exit(UNFINISHED)
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)

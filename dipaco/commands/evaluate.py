@@ -1,0 +1,37 @@
+"""`dipaco evaluate`: the perplexities of a run, computed again from its directory, or on other text."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dipaco.commands.options import Json, Run
+
+
+def evaluate(
+    run: Run,
+    data: Annotated[
+        Path | None, typer.Option(help="Text to measure instead of the run's held-out split (.jsonl, .parquet, .txt).")
+    ] = None,
+    route: Annotated[
+        list[str] | None,
+        typer.Option(help="sequence, every:W, oracle:sequence, oracle:every:W or path:I.J; may be repeated."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure every model of a run by every route; without options, the numbers of the run's own report."""
+    from coordinator.snapshot import RunSnapshot
+    from dipaco.evaluation import evaluate_run
+
+    found = evaluate_run(RunSnapshot.open(run), data=data, routes=route)
+    if as_json:
+        typer.echo(json.dumps(found))
+        return
+    from rich.console import Console
+
+    from dipaco.table import evaluation_table
+
+    Console().print(evaluation_table(found))

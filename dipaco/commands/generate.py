@@ -1,0 +1,40 @@
+"""`dipaco generate`: text from a run, each prompt answered by the path that the router picks for it."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+from dipaco.commands.options import Json, Run
+
+
+def generate(
+    run: Run,
+    prompt: Annotated[list[str] | None, typer.Option(help="Text to continue; may be repeated.")] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 80,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")] = 0.8,
+    top_k: Annotated[int | None, typer.Option(min=1, help="Sample among so many likeliest tokens.")] = 40,
+    seed: Annotated[int, typer.Option(min=0, help="Of the sampling.")] = 0,
+    every: Annotated[int | None, typer.Option(min=1, help="Route again after every so many tokens.")] = None,
+    path: Annotated[str | None, typer.Option(help="Use this path (like 0.1) instead of routing.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Continue prompts and show the path (or paths) taken; without a prompt, one example of every kind of text."""
+    from coordinator.snapshot import RunSnapshot
+    from dipaco.examples import EXAMPLE_PROMPTS, Sampling, continuations
+
+    snapshot = RunSnapshot.open(run)
+    prompts = prompt or list(EXAMPLE_PROMPTS.values())
+    sampling = Sampling(tokens=tokens, temperature=temperature, top_k=top_k, seed=seed, every=every, path=path)
+    if as_json:
+        typer.echo(json.dumps([each.as_dict() for each in continuations(snapshot, prompts, sampling)]))
+        return
+    from rich.console import Console
+
+    from dipaco.table import example_text
+
+    console = Console()
+    for each in continuations(snapshot, prompts, sampling):
+        console.print(example_text(each))

@@ -1,0 +1,20 @@
+"""Arguments and options that several commands share, so that they read the same everywhere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+ConfigFile = Annotated[
+    Path, typer.Argument(metavar="CONFIG", help="YAML file of the run, such as configs/quickstart.yaml.")
+]
+RunDir = Annotated[Path | None, typer.Option(help="Where the run is kept; runs/<config name> by default.")]
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="Run directory, such as runs/quickstart.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+Insecure = Annotated[
+    bool,
+    typer.Option("--insecure", help="No TLS and no token, even off loopback: anyone who can connect can take part."),
+]
+Parent = Annotated[int | None, typer.Option(hidden=True, help="Leave when the process of this id is gone.")]

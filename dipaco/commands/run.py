@@ -1,0 +1,86 @@
+"""`dipaco run`: a whole run on this machine, from text to a report."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from dipaco.commands.options import ConfigFile, Json, RunDir
+
+if TYPE_CHECKING:
+    from configs.schema import Config
+
+
+def run(
+    config: ConfigFile,
+    workers: Annotated[int, typer.Option(min=1, help="Worker processes to start on this machine.")] = 1,
+    run_dir: RunDir = None,
+    as_json: Json = False,
+) -> None:
+    """Start a coordinator and workers here, carry out all stages, and report; started again, it continues."""
+    from configs.load import load_config
+    from dipaco.ending import UNFINISHED, say_wrong
+    from dipaco.running import Stopped
+
+    loaded = load_config(config)
+    directory = run_dir or Path("runs") / loaded.name
+    try:
+        _carry_out(config, loaded, directory, workers, quiet=as_json)
+    except Stopped:
+        again = f"dipaco run {config} --workers {workers}" + (f" --run-dir {run_dir}" if run_dir else "")
+        say_wrong(f"stopped; nothing that was finished is lost, and `{again}` continues where it was")
+        raise typer.Exit(UNFINISHED) from None
+    _report(directory, as_json)
+
+
+def _carry_out(path: Path, config: Config, directory: Path, workers: int, *, quiet: bool) -> None:
+    import os
+
+    import psutil
+
+    from dipaco.asking import StatusSource
+    from dipaco.processes import LocalRun
+    from dipaco.progress import PlainLines, display
+    from dipaco.running import carry_out, is_finished
+    from protocol.security import CERTS_DIR, JOIN_FILE
+
+    if is_finished(directory, config):
+        return
+    shown = PlainLines(to_stderr=True) if quiet else display()
+    join = directory / CERTS_DIR / JOIN_FILE
+    local = LocalRun(
+        config=path,
+        run_dir=directory,
+        num_workers=workers,
+        threads=max(1, (os.cpu_count() or 1) // workers),
+        worker_memory_bytes=psutil.virtual_memory().available // (workers + 1),
+        say=shown.say,
+        join=join if join.is_file() else None,
+    )
+    with StatusSource(local.join) as source:
+        carry_out(local, shown, source.ask)
+
+
+def _report(directory: Path, as_json: bool) -> None:
+    from coordinator.snapshot import RunSnapshot
+    from dipaco.examples import routed_examples
+    from dipaco.report import write_report
+
+    snapshot = RunSnapshot.open(directory)
+    report, remarks = write_report(snapshot)
+    if as_json:
+        typer.echo(json.dumps(report))
+        return
+    from rich.console import Console
+
+    from dipaco.table import example_text, report_table
+
+    console = Console()
+    console.print(report_table(report))
+    for example in routed_examples(snapshot):
+        console.print(example_text(example))
+    for remark in remarks:
+        typer.echo(remark)

@@ -1,0 +1,44 @@
+"""`dipaco worker`: this machine takes part in a run; all it needs is the coordinator's address and its join file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dipaco.commands.options import Insecure, Parent
+
+
+def worker(
+    address: Annotated[str, typer.Argument(metavar="ADDR", help="HOST:PORT of the coordinator.")],
+    join: Annotated[Path | None, typer.Option(help="Join file made by `dipaco certs` (token and CA).")] = None,
+    cache: Annotated[Path, typer.Option(help="Folder for fetched blobs; may be deleted at any time.")] = Path(
+        "~/.cache/dipaco"
+    ),
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads to offer; all cores by default.")] = None,
+    memory_bytes: Annotated[
+        int | None, typer.Option(min=1, help="Memory to offer, in bytes; what is free by default.")
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="Name shown to people; host and process id by default.")] = None,
+    insecure: Insecure = False,
+    parent: Parent = None,
+) -> None:
+    """Take tasks from a coordinator until its run is finished; waits for a coordinator that is not there yet."""
+    import os
+    import socket
+
+    from dipaco.parent import stop_without
+    from worker.loop import run_worker
+
+    if parent is not None:
+        stop_without(parent)
+    run_worker(
+        address=address,
+        join=join,
+        cache_dir=cache.expanduser(),
+        threads=threads or os.cpu_count() or 1,
+        name=name or f"{socket.gethostname()}-{os.getpid()}",
+        memory_bytes=memory_bytes,
+        insecure=insecure,
+    )

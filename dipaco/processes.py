@@ -1,0 +1,194 @@
+"""The processes of a run on one machine: a coordinator and its workers, each with a log, restarted when killed.
+
+They talk over gRPC on loopback exactly as they would between machines. A process that a signal took away is started
+again a few times; one that ended by itself has said why in its log, and that is final for a coordinator.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from dipaco.ending import UNFINISHED
+
+MAX_RESTARTS = 5
+_LISTENING = re.compile(rb"listening on (\S+)")
+
+
+DIPACO = (sys.executable, "-m", "dipaco")
+
+
+@dataclass(slots=True)
+class Child:
+    """One `dipaco` process and its log. `arguments` may change before a restart."""
+
+    name: str
+    arguments: list[str]
+    log: Path
+    program: Sequence[str] = DIPACO
+    restarts: int = 0
+    _process: subprocess.Popen[bytes] | None = None
+    _offset: int = 0
+
+    def start(self) -> None:
+        """Start it, in a session of its own so that Ctrl-C in the terminal reaches only the one who started it."""
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        self._offset = self.log.stat().st_size if self.log.exists() else 0
+        command = [*self.program, *self.arguments, "--parent", str(os.getpid())]
+        with self.log.open("ab") as log:
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+            )
+
+    @property
+    def pid(self) -> int:
+        assert self._process is not None
+        return self._process.pid
+
+    @property
+    def exit_code(self) -> int | None:
+        """None while it lives; negative where a signal ended it."""
+        assert self._process is not None
+        return self._process.poll()
+
+    def written(self) -> bytes:
+        """What this process has written since its (latest) start."""
+        with self.log.open("rb") as log:
+            log.seek(self._offset)
+            return log.read()
+
+    def last_words(self) -> str:
+        """The sentence it ended with, without the prefix that every command puts before it."""
+        lines = [line.strip() for line in self.written().decode(errors="replace").splitlines() if line.strip()]
+        told = [line for line in lines if line.startswith("dipaco: ")]
+        return (told or lines or [f"{self.name} said nothing"])[-1].removeprefix("dipaco: ")
+
+    def terminate(self) -> None:
+        if self._process is not None and self._process.poll() is None:
+            self._process.terminate()
+
+    def wait(self, seconds: float) -> bool:
+        """Whether it ended in time."""
+        if self._process is None:
+            return True
+        try:
+            self._process.wait(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            return False
+        return True
+
+    def kill(self) -> None:
+        if self._process is not None and self._process.poll() is None:
+            self._process.kill()
+            self._process.wait()
+
+
+class CoordinatorEnded(ValueError):
+    """The coordinator ended before the run was finished; the message is what it said."""
+
+
+class WorkersEnded(ValueError):
+    """All workers ended for good before the run was finished; the message is what the last of them said."""
+
+
+@dataclass(slots=True)
+class LocalRun:
+    """A coordinator and workers that belong together. `say` receives one line for every event a person should know."""
+
+    config: Path
+    run_dir: Path
+    num_workers: int
+    threads: int
+    worker_memory_bytes: int
+    say: Callable[[str], None]
+    join: Path | None = None
+    program: Sequence[str] = DIPACO
+    coordinator: Child = field(init=False)
+    workers: list[Child] = field(init=False, default_factory=list)
+    address: str = ""
+
+    def __post_init__(self) -> None:
+        self.coordinator = self._child("coordinator", self._coordinator_arguments("127.0.0.1:0"))
+
+    def _child(self, name: str, arguments: list[str]) -> Child:
+        return Child(name, arguments, self.run_dir / "logs" / f"{name}.log", self.program)
+
+    def _coordinator_arguments(self, listen: str) -> list[str]:
+        return ["coordinator", str(self.config), "--run-dir", str(self.run_dir), "--listen", listen]
+
+    def start(self, patience_s: float = 120.0) -> None:
+        """Start the coordinator, wait for its address, start the workers. Raises CoordinatorEnded."""
+        self.coordinator.start()
+        deadline = time.monotonic() + patience_s
+        while not self.address:
+            found = _LISTENING.search(self.coordinator.written())
+            if found is not None:
+                self.address = found[1].decode()
+            elif self.coordinator.exit_code is not None:
+                if self.coordinator.exit_code == 0:
+                    return
+                raise CoordinatorEnded(self.coordinator.last_words())
+            elif time.monotonic() > deadline:
+                raise CoordinatorEnded(f"it did not listen within {patience_s:.0f} s; see {self.coordinator.log}")
+            else:
+                time.sleep(0.05)
+        self.coordinator.arguments = self._coordinator_arguments(self.address)
+        for index in range(self.num_workers):
+            worker = self._child(f"worker-{index}", self._worker_arguments(index))
+            self.workers.append(worker)
+            worker.start()
+
+    def _worker_arguments(self, index: int) -> list[str]:
+        cache = str(self.run_dir / "workers" / str(index))
+        shares = ["--threads", str(self.threads), "--memory-bytes", str(self.worker_memory_bytes)]
+        trust = [] if self.join is None else ["--join", str(self.join)]
+        return ["worker", self.address, "--cache", cache, "--name", f"worker-{index}", *shares, *trust]
+
+    def watch(self) -> bool:
+        """Restart what a signal took away; True once the coordinator has ended well: the run is finished.
+
+        Raises CoordinatorEnded and WorkersEnded where nothing more will come.
+        """
+        code = self.coordinator.exit_code
+        if code == 0:
+            return True
+        was_taken_away = code is not None and (code < 0 or code == UNFINISHED)
+        if code is not None and not (was_taken_away and self._restart(self.coordinator)):
+            raise CoordinatorEnded(self.coordinator.last_words())
+        alive = 0
+        for worker in self.workers:
+            code = worker.exit_code
+            alive += code is None or (code != 0 and self._restart(worker))
+        if self.workers and not alive and any(worker.exit_code for worker in self.workers):
+            raise WorkersEnded(next(worker.last_words() for worker in self.workers if worker.exit_code))
+        return False
+
+    def _restart(self, child: Child) -> bool:
+        if child.restarts >= MAX_RESTARTS:
+            return False
+        code = child.exit_code
+        how = f"was killed (signal {-code})" if code is not None and code < 0 else f"ended ({child.last_words()})"
+        child.restarts += 1
+        self.say(f"{child.name} {how}; starting it again ({child.restarts} of {MAX_RESTARTS})")
+        child.start()
+        return True
+
+    def stop(self, patience_s: float = 20.0) -> None:
+        """End everything in order: workers hand their tasks back, then the coordinator closes the run directory."""
+        for group in (self.workers, [self.coordinator]):
+            _end(group, patience_s)
+
+
+def _end(children: Sequence[Child], patience_s: float) -> None:
+    for child in children:
+        child.terminate()
+    deadline = time.monotonic() + patience_s
+    for child in children:
+        if not child.wait(max(0.0, deadline - time.monotonic())):
+            child.kill()
