@@ -1,0 +1,282 @@
+"""One machine's loop: join, lease, fetch, run, upload, complete; leave on a signal without losing what is nearly done.
+
+A shell: what a task computes and what the coordinator decides stand elsewhere. The client repeats calls while nobody
+answers, so a coordinator that restarts is waited for, under the same worker id.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from configs.schema import Config, Experiment
+from protocol.address import parse_address
+from protocol.errors import WIRE_ERRORS, StaleLease, Unavailable
+from protocol.joinfile import JoinFile
+from protocol.tasks import Capabilities, TaskResult, TrainSpec
+from protocol.tensors import UploadHeader
+from worker.cache import BlobCache
+from worker.client import Lease, Pulse, Welcome, WorkerClient
+from worker.departure import Departure, Leave
+from worker.heartbeat import Heartbeat, Say
+from worker.outcome import TaskOutcome, TaskStopped
+from worker.probe import capabilities
+from worker.task import AnySpec, inputs, is_input_of_later_tasks, run_task, upload_header
+from worker.workspace import Workspace
+
+LEASE_WAIT_S = 20.0
+# A task that would be over within this time is finished before the worker leaves.
+NEARLY_DONE_S = 5.0
+# How long a worker that leaves tries to say so.
+FAREWELL_S = 3.0
+# Cached blobs of at least this size are worth preferring a task for.
+LARGE_BLOB_BYTES = 64 * 1024
+MAX_CACHED_DIGESTS = 1000
+
+
+class Coordinator(Protocol):
+    """What the loop needs of `worker.client.WorkerClient`."""
+
+    def hello(self, worker_name: str, capabilities: Capabilities, worker_id: str = "") -> Welcome: ...
+
+    def lease(self, worker_id: str, wait_s: float, cached_digests: Sequence[str] = ()) -> Lease: ...
+
+    def heartbeat(
+        self, worker_id: str, task_id: str, fence: int, *, steps: int = 0, loss: float = float("nan"), tokens: int = 0
+    ) -> Pulse: ...
+
+    def complete(self, worker_id: str, task_id: str, fence: int, result: TaskResult) -> bool: ...
+
+    def release(self, worker_id: str, task_id: str, fence: int, reason: str = "", *, leaving: bool = False) -> None: ...
+
+    def fetch_to(self, digest: str, path: Path) -> int: ...
+
+    def upload(self, path: Path, header: UploadHeader) -> int: ...
+
+    def close(self) -> None: ...
+
+
+# Opens a client that gives up after so many seconds without an answer (None: never).
+Connect = Callable[[float | None], Coordinator]
+
+
+def say_with_time(sentence: str) -> None:
+    """A plain log line."""
+    print(f"{time.strftime('%H:%M:%S')} {sentence}", flush=True)
+
+
+def run_worker(
+    address: str,
+    join: Path | None,
+    cache_dir: Path,
+    threads: int,
+    name: str | None = None,
+    memory_bytes: int | None = None,
+    insecure: bool = False,
+    say: Say = say_with_time,
+) -> int:
+    """Work for the coordinator at `address` until its run is finished or a signal comes; returns the exit code, 0.
+
+    Raises VersionMismatch, NotAllowed, BadAddress, BadJoinFile.
+    """
+    os.environ.setdefault("RAYON_NUM_THREADS", str(threads))  # the tokenizer's threads
+    join_file = None if join is None else JoinFile.read(join)
+    target = parse_address(address)
+
+    def connect(patience_s: float | None) -> Coordinator:
+        return WorkerClient(target, join_file, insecure=insecure, patience_s=patience_s, say=say)
+
+    worker_name = name or f"{socket.gethostname()}:{os.getpid()}"
+    return Worker(connect, cache_dir, worker_name, capabilities(threads, memory_bytes), say).run()
+
+
+@dataclass(frozen=True, slots=True)
+class Joined:
+    """What the worker knows of the run it has joined."""
+
+    worker_id: str
+    experiment: Experiment
+    heartbeat_s: float
+    cache: BlobCache
+
+
+class Worker:
+    """One worker process: at most one lease at a time."""
+
+    def __init__(self, connect: Connect, cache_dir: Path, name: str, offers: Capabilities, say: Say) -> None:
+        self._connect, self._cache_dir, self._name, self._offers, self._say = connect, cache_dir, name, offers, say
+        self._client = connect(None)
+        self._workspace = Workspace(cache_dir / "outputs")
+        self.departure = Departure(self._client.close)
+
+    def run(self) -> int:
+        """Work until the run is finished or the worker is asked to leave."""
+        try:
+            with self.departure.on_signals():
+                self._join_and_work()
+        finally:
+            self._workspace.close()
+            self._client.close()
+        return 0
+
+    def _join_and_work(self) -> None:
+        joined: Joined | None = None
+        try:
+            with self.departure.cuts_short():
+                joined = self._join()
+            self._work(joined)
+        except (Leave, Unavailable) as error:
+            if isinstance(error, Unavailable) and not self.departure.asked.is_set():
+                raise
+            self._say("leaving")
+            if joined is not None:
+                self._farewell(joined.worker_id)
+
+    def _join(self) -> Joined:
+        welcome = self._client.hello(self._name, self._offers)
+        config = Config.model_validate_json(welcome.config_json)
+        self._say(f"joined run {welcome.run_name} as {welcome.worker_id} ({self._offers.fingerprint})")
+        cache = BlobCache(self._cache_dir, config.execution.cache_bytes)
+        return Joined(welcome.worker_id, config.experiment, welcome.heartbeat_s, cache)
+
+    def _work(self, joined: Joined) -> None:
+        """Lease and run tasks until the run is finished; raises Leave."""
+        said = ""
+        while True:
+            with self.departure.cuts_short():
+                cached = joined.cache.digests(LARGE_BLOB_BYTES)[:MAX_CACHED_DIGESTS]
+                lease = self._client.lease(joined.worker_id, LEASE_WAIT_S, cached)
+            if lease.finished:
+                self._say("the run is finished")
+                return
+            if lease.spec is not None:
+                said = ""
+                LeasedTask(self._client, joined, lease, self.departure, self._say).run(self._workspace, self._connect)
+            elif lease.waiting_for != said:
+                said = lease.waiting_for
+                self._say(f"waiting: {said}")
+
+    def _farewell(self, worker_id: str) -> None:
+        """Leave the run, if anybody listens; else the leases end by themselves."""
+        client = self._connect(FAREWELL_S)
+        with suppress(*WIRE_ERRORS):
+            client.release(worker_id, "", 0, leaving=True)
+        client.close()
+
+
+class LeasedTask:
+    """One task under one lease, from its inputs to its completion."""
+
+    def __init__(self, client: Coordinator, joined: Joined, lease: Lease, departure: Departure, say: Say) -> None:
+        assert lease.spec is not None, "the lease carries a task"
+        self._client, self._joined, self._lease = client, joined, lease
+        self._spec: AnySpec = lease.spec
+        self._departure, self._say = departure, say
+        self._key = (joined.worker_id, lease.task_id, lease.fence)
+        self._heartbeat = Heartbeat(self._beat, joined.heartbeat_s, WIRE_ERRORS, say)
+
+    def run(self, workspace: Workspace, connect: Connect) -> None:
+        """Do the task; a failure is reported and the worker goes on. Raises Leave where the worker leaves meanwhile."""
+        out_dir = workspace.directory()
+        try:
+            with self._heartbeat:
+                self._do(out_dir)
+        except StaleLease as error:
+            self._say(f"{self._lease.task_id}: dropped, its lease is lost ({error})")
+        except TaskStopped:
+            if not self._heartbeat.lost.is_set():
+                self._say(f"{self._lease.task_id}: handed back")
+                raise Leave from None
+            self._say(f"{self._lease.task_id}: dropped, its lease is lost")
+        except Unavailable:
+            raise  # only a worker that leaves gives up waiting
+        except Exception as error:
+            self._fail(error, connect)
+        finally:
+            self._joined.cache.release_all()
+            shutil.rmtree(out_dir, ignore_errors=True)
+
+    def _do(self, out_dir: Path) -> None:
+        begin = time.monotonic()
+        self._say(f"{self._lease.task_id}: started")
+        files, fetched = self._fetch()
+        outcome = run_task(self._spec, self._joined.experiment, files, out_dir, self._progress(begin))
+        sent = sum(self._upload(name, outcome) for name in sorted(outcome.files))
+        result = outcome.result.model_copy(update={"fetched_bytes": fetched})
+        self._client.complete(*self._key, result)
+        self._keep(outcome)
+        self._say(
+            f"{self._lease.task_id}: done in {time.monotonic() - begin:.1f} s"
+            + (f", loss {result.loss_sum / result.tokens:.4f}" if result.loss_sum and result.tokens else "")
+            + f", {sum(fetched.values()) / 1e6:.1f} MB in, {sent / 1e6:.1f} MB out"
+        )
+
+    def _fetch(self) -> tuple[dict[str, Path], dict[str, int]]:
+        """The inputs as local files by digest, and the bytes that came over the wire by what they were."""
+        files: dict[str, Path] = {}
+        fetched: Counter[str] = Counter()
+        for what, blobs in inputs(self._spec).items():
+            for blob in blobs:
+                with self._departure.cuts_short():
+                    files[blob.digest], arrived = self._joined.cache.hold(blob, self._client.fetch_to)
+                fetched[what] += arrived
+                if self._heartbeat.lost.is_set():
+                    raise TaskStopped
+        return files, dict(fetched)
+
+    def _progress(self, begin: float) -> Callable[[int, float, int], None]:
+        """The callback between steps: tells the heartbeat, stops a task that is lost or that a leaving worker drops."""
+        total = self._spec.steps if isinstance(self._spec, TrainSpec) else 0
+        computing = time.monotonic()
+
+        def progress(steps: int, loss: float, tokens: int) -> None:
+            self._heartbeat.report(steps, loss, tokens)
+            if self._heartbeat.lost.is_set():
+                raise TaskStopped
+            if self._departure.asked.is_set():
+                left_s = (time.monotonic() - computing) / steps * (total - steps)
+                if not 0 <= left_s <= NEARLY_DONE_S:
+                    raise TaskStopped
+
+        return progress
+
+    def _upload(self, name: str, outcome: TaskOutcome) -> int:
+        blob, path = outcome.result.outputs[name], outcome.files[name]
+        header = upload_header(self._lease.task_id, self._lease.fence, self._spec, name, path, blob)
+        return self._client.upload(path, header)
+
+    def _keep(self, outcome: TaskOutcome) -> None:
+        """Outputs that later tasks read stay in the cache, if there is room."""
+        for name, path in outcome.files.items():
+            if is_input_of_later_tasks(self._spec, name):
+                with suppress(ValueError, OSError):
+                    self._joined.cache.adopt(path, outcome.result.outputs[name])
+
+    def _fail(self, error: Exception, connect: Connect) -> None:
+        """Give the task back with the reason; a reason that is not ours to foresee is shown with its traceback."""
+        reason = reason_of(error)
+        self._say(f"{self._lease.task_id}: failed: {reason}")
+        if not isinstance(error, (ValueError, OSError)):
+            self._say(traceback.format_exc().rstrip())
+        self._client.release(*self._key, reason)
+        self._departure.asked.wait(1.0)  # whatever it was, do not try the next task in a hot loop
+
+    def _beat(self, steps: int, loss: float, tokens: int) -> Pulse:
+        return self._client.heartbeat(*self._key, steps=steps, loss=loss, tokens=tokens)
+
+
+def reason_of(error: Exception) -> str:
+    """Why a task failed, in one sentence for the coordinator."""
+    told = str(error).strip() or "no more is known"
+    if isinstance(error, MemoryError) or "OutOfMemory" in type(error).__name__ or "can't allocate memory" in told:
+        return f"out of memory; lower numerics.micro_batch_rows or set numerics.checkpoint_activations ({told})"
+    return f"{type(error).__name__}: {told}"
