@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
 from coordinator.outer import squared_norm
 from model import tensor_file
-from model.layout import TensorSpec
+from model.layout import ModuleSpec, TensorSpec
 from protocol.errors import CorruptBlob, RejectedTensor
 from protocol.tensors import UploadHeader
 
@@ -24,18 +26,30 @@ _CHUNK_ELEMENTS = 1 << 18
 class ExpectedOutput:
     """Exactly these tensors (`module`, `inner_state`), or, for `record` and `tokens`, a bounded number of any bytes."""
 
-    kind: str
+    kind: Literal["module", "inner_state", "record", "tokens"]
+    max_bytes: int
     tensors: tuple[TensorSpec, ...] = ()
-    max_bytes: int | None = None  # None: RECORD_BYTES or TOKENS_BYTES; of no use where there are tensors
 
-    @property
-    def limit_bytes(self) -> int:
-        """The size that tensors have, or the most that other bytes may have."""
-        if self.tensors:
-            return len(tensor_file.header_bytes(self.tensors)) + 4 * tensor_file.num_elements(self.tensors)
-        if self.max_bytes is not None:
-            return self.max_bytes
-        return TOKENS_BYTES if self.kind == "tokens" else RECORD_BYTES
+    @classmethod
+    def module(cls, spec: ModuleSpec) -> ExpectedOutput:
+        """A contribution to a module."""
+        return cls("module", _file_bytes(spec.tensors), spec.tensors)
+
+    @classmethod
+    def inner_state(cls, path_tensors: Sequence[TensorSpec]) -> ExpectedOutput:
+        """AdamW's `m.<name>` and `v.<name>` of every tensor of a path."""
+        moments = tuple(TensorSpec(f"{moment}.{spec.name}", spec.shape) for moment in "mv" for spec in path_tensors)
+        return cls("inner_state", _file_bytes(moments), moments)
+
+    @classmethod
+    def record(cls, max_bytes: int = RECORD_BYTES) -> ExpectedOutput:
+        """Features, assignments, routes or losses; their codec checks what is in them."""
+        return cls("record", max_bytes)
+
+    @classmethod
+    def tokens(cls, max_bytes: int = TOKENS_BYTES) -> ExpectedOutput:
+        """A token file."""
+        return cls("tokens", max_bytes)
 
     def check_header(self, header: UploadHeader) -> None:
         """Refuse an upload by what it declares, before a byte of it is taken. Raises RejectedTensor."""
@@ -43,11 +57,10 @@ class ExpectedOutput:
         if header.kind != self.kind:
             raise RejectedTensor(f"{what} is announced as {header.kind}, expected {self.kind}")
         self._check_declared(what, {name: tuple(shape) for name, _, shape in header.tensors})
-        limit_bytes = self.limit_bytes
-        if self.tensors and header.size != limit_bytes:
-            raise RejectedTensor(f"{what} has {header.size} bytes, expected exactly {limit_bytes}")
-        if header.size > limit_bytes:
-            raise RejectedTensor(f"{what} has {header.size} bytes; at most {limit_bytes} are accepted")
+        if self.tensors and header.size != self.max_bytes:
+            raise RejectedTensor(f"{what} has {header.size} bytes, expected exactly {self.max_bytes}")
+        if header.size > self.max_bytes:
+            raise RejectedTensor(f"{what} has {header.size} bytes; at most {self.max_bytes} are accepted")
 
     def _check_declared(self, what: str, declared: dict[str, tuple[int, ...]]) -> None:
         for spec in self.tensors:
@@ -87,6 +100,10 @@ class ExpectedOutput:
                         raise RejectedTensor(f"{what}: {spec.name} holds a value that is not finite")
                     squares += squared_norm(chunk)
         return math.sqrt(squares)
+
+
+def _file_bytes(tensors: Sequence[TensorSpec]) -> int:
+    return len(tensor_file.header_bytes(tensors)) + 4 * tensor_file.num_elements(tensors)
 
 
 def _name(header: UploadHeader) -> str:

@@ -19,7 +19,7 @@ from coordinator.expected import ExpectedOutput
 from coordinator.sink import Sink
 from coordinator.spool import Spool
 from model import tensor_file
-from model.layout import TensorSpec
+from model.layout import ModuleSpec, TensorSpec
 from model.store import BlobStore
 from protocol.errors import CorruptBlob, DiskFull, RejectedTensor, StaleLease, UnknownBlob
 from protocol.tasks import BlobRef, MalformedMessage
@@ -27,8 +27,8 @@ from protocol.tensors import UploadHeader
 
 TASK = "train/TRAIN/3/0"
 SPECS = (TensorSpec("a.weight", (3, 5)), TensorSpec("b.weight", (7,)))
-MODULE = ExpectedOutput("module", SPECS)
-RECORD = ExpectedOutput("record", max_bytes=64)
+MODULE = ExpectedOutput.module(ModuleSpec("0.1", SPECS))
+RECORD = ExpectedOutput.record(64)
 
 
 @pytest.fixture
@@ -223,8 +223,8 @@ def test_commit_takes_only_what_was_verified(spool: Spool, store: BlobStore, tmp
         ),
         ({"size": 10**12}, MODULE, r"1000000000000 bytes, expected exactly \d+"),
         ({"size": 65, "kind": "record"}, RECORD, "65 bytes; at most 64 are accepted"),
-        ({"size": 5 * 1024**3, "kind": "tokens"}, ExpectedOutput("tokens"), "at most 4294967296 are accepted"),
-        ({"size": 2**29, "kind": "record"}, ExpectedOutput("record"), "at most 268435456 are accepted"),
+        ({"size": 5 * 1024**3, "kind": "tokens"}, ExpectedOutput.tokens(), "at most 4294967296 are accepted"),
+        ({"size": 2**29, "kind": "record"}, ExpectedOutput.record(), "at most 268435456 are accepted"),
     ],
 )
 def test_what_a_header_declares_is_refused_before_anything_is_written(
@@ -251,7 +251,7 @@ def test_a_value_that_is_not_finite_is_refused_and_names_the_tensor(
 def _foreign_header(shapes: Mapping[str, tuple[int, ...]]) -> bytes:
     """A safetensors file of exactly the expected size with other tensors inside."""
     data: bytes = save({name: np.zeros(shape, np.float32) for name, shape in shapes.items()})
-    assert len(data) == MODULE.limit_bytes
+    assert len(data) == MODULE.max_bytes
     return data
 
 
@@ -272,7 +272,7 @@ def test_a_file_with_other_tensors_than_declared_is_refused(
 
 def test_a_file_that_is_no_tensor_file_is_refused(spool: Spool, root: Path) -> None:
     with pytest.raises(RejectedTensor, match="not a tensor file"):
-        _upload(spool, b"\xff" * MODULE.limit_bytes)
+        _upload(spool, b"\xff" * MODULE.max_bytes)
     assert _files(root) == []
 
 
@@ -375,9 +375,7 @@ def test_inner_state_is_checked_like_a_module(spool: Spool, tmp_path: Path) -> N
     tensors = {spec.name: np.ones(spec.shape, np.float32) for spec in moments}
     declared = [(spec.name, "float32", list(spec.shape)) for spec in moments]
     data = _module_bytes(tmp_path, tensors)
-    _upload(
-        spool, data, ExpectedOutput("inner_state", moments), output="inner_state", kind="inner_state", tensors=declared
-    )
+    _upload(spool, data, ExpectedOutput.inner_state(SPECS), output="inner_state", kind="inner_state", tensors=declared)
     assert spool.norms(TASK, 1)["inner_state"] == pytest.approx(44**0.5)
 
 
