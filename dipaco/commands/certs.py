@@ -18,7 +18,10 @@ def certs(
     address: Annotated[str | None, typer.Option(help="HOST:PORT of the coordinator, noted in the join file.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Make a CA, the coordinator's certificate and the one small join file that workers need."""
+    """Make the certificates and the join file of a run.
+
+    Writes a CA, the coordinator's certificate and the one small file that workers on other machines need.
+    """
     import socket
 
     from protocol.address import parse_address

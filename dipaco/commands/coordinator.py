@@ -17,7 +17,11 @@ def coordinator(
     insecure: Insecure = False,
     parent: Parent = None,
 ) -> None:
-    """Coordinate a run until it is finished; started again on the same run directory, it continues where it was."""
+    """Coordinate a run until it is finished.
+
+    Started again on the same run directory, it continues where it was. Off loopback it needs certificates
+    (`dipaco certs`). Exit code 0: finished; 1: refused or failed; 3: stopped before the end.
+    """
     from configs.load import load_config
     from coordinator.coordinator import serve
     from coordinator.snapshot import RunSnapshot

@@ -17,7 +17,7 @@ def corpus(
     domain: Annotated[str | None, typer.Option(help="Take the samples from this domain.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Count documents and characters by domain and split, and show the beginning of some documents."""
+    """Look at a corpus: its sizes and some documents."""
     from dataclasses import asdict
 
     from dipaco.corpus_view import look

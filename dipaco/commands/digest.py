@@ -20,7 +20,7 @@ def digest(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Print one hash of all module weights, computed module by module."""
+    """Print one hash of all module weights."""
     from coordinator.snapshot import RunSnapshot
     from dipaco.run_digest import run_digest
 

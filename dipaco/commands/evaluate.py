@@ -22,7 +22,10 @@ def evaluate(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Measure every model of a run by every route; without options, the numbers of the run's own report."""
+    """Measure perplexity of a run again, or on other text.
+
+    Without options it computes the numbers of the run's own report anew from the run directory.
+    """
     from coordinator.snapshot import RunSnapshot
     from dipaco.evaluation import evaluate_run
 

@@ -21,7 +21,10 @@ def generate(
     path: Annotated[str | None, typer.Option(help="Use this path (like 0.1) instead of routing.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Continue prompts and show the path (or paths) taken; without a prompt, one example of every kind of text."""
+    """Continue prompts, and show the paths they took.
+
+    Without a prompt it continues one example of every kind of text in the embedded corpus.
+    """
     from coordinator.snapshot import RunSnapshot
     from dipaco.examples import EXAMPLE_PROMPTS, Sampling, continuations
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,29 +17,34 @@ if TYPE_CHECKING:
 
 def run(
     config: ConfigFile,
-    workers: Annotated[int, typer.Option(min=1, help="Worker processes to start on this machine.")] = 1,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Worker processes to start here; one for each core by default.")
+    ] = None,
     run_dir: RunDir = None,
     as_json: Json = False,
 ) -> None:
-    """Start a coordinator and workers here, carry out all stages, and report; started again, it continues."""
+    """Carry out a whole run on this machine, and report.
+
+    Starts a coordinator and worker processes that talk over gRPC. Started again on the same run directory, it
+    continues where it was. Exit code 0: finished; 1: refused or failed; 3: stopped before the end.
+    """
     from configs.load import load_config
     from dipaco.ending import UNFINISHED, say_wrong
     from dipaco.running import Stopped
 
     loaded = load_config(config)
     directory = run_dir or Path("runs") / loaded.name
+    count = workers or os.cpu_count() or 1
     try:
-        _carry_out(config, loaded, directory, workers, quiet=as_json)
+        _carry_out(config, loaded, directory, count, quiet=as_json)
     except Stopped:
-        again = f"dipaco run {config} --workers {workers}" + (f" --run-dir {run_dir}" if run_dir else "")
+        again = f"dipaco run {config} --workers {count}" + (f" --run-dir {run_dir}" if run_dir else "")
         say_wrong(f"stopped; nothing that was finished is lost, and `{again}` continues where it was")
         raise typer.Exit(UNFINISHED) from None
     _report(directory, as_json)
 
 
 def _carry_out(path: Path, config: Config, directory: Path, workers: int, *, quiet: bool) -> None:
-    import os
-
     import psutil
 
     from dipaco.asking import StatusSource

@@ -17,7 +17,7 @@ def status(
     insecure: Insecure = False,
     as_json: Json = False,
 ) -> None:
-    """Show stages, phases, workers and their leases, losses and bytes moved."""
+    """Show stages, workers, losses and bytes moved of a run."""
     answer = _read(Path(where)) if Path(where).is_dir() or ":" not in where else _ask(where, join, insecure)
     if as_json:
         typer.echo(json.dumps(answer))

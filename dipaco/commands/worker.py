@@ -24,21 +24,24 @@ def worker(
     insecure: Insecure = False,
     parent: Parent = None,
 ) -> None:
-    """Take tasks from a coordinator until its run is finished; waits for a coordinator that is not there yet."""
+    """Take part in a run until it is finished.
+
+    Waits for a coordinator that is not there yet, and says so. Needs no file of the run but the join file.
+    """
     import os
-    import socket
 
     from dipaco.parent import stop_without
     from worker.loop import run_worker
 
     if parent is not None:
         stop_without(parent)
-    run_worker(
+    code = run_worker(
         address=address,
         join=join,
         cache_dir=cache.expanduser(),
         threads=threads or os.cpu_count() or 1,
-        name=name or f"{socket.gethostname()}-{os.getpid()}",
+        name=name,
         memory_bytes=memory_bytes,
         insecure=insecure,
     )
+    raise typer.Exit(code)
