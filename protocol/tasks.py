@@ -61,7 +61,7 @@ class PathRef(Message):
 
 
 class PackSpec(Message):
-    """`tokenize`: a range of documents (text blob) to a token file. `gather`: the sequences of a shard, from token files.
+    """`tokenize`: a range of documents (text blob) to a token file. `gather`: a shard's sequences from token files.
 
     Output `tokens`: a token file.
     """
@@ -80,7 +80,8 @@ class FeaturizeSpec(Message):
     """Features z of the sequences of one token file under the base path, and what the router makes of them.
 
     `sample`: output `features`, a seeded sample of z. `assign`: output `assignments`, the `top_n` shards of every
-    sequence. `route`: output `routes`, the path of every evaluated sequence and of its chunks for each interval (tokens).
+    sequence. `route`: output `routes`, the path of every evaluated sequence and of its chunks for each interval
+    (tokens).
     """
 
     kind: Literal["featurize"] = "featurize"
@@ -180,9 +181,9 @@ def encode(message: Message) -> bytes:
 
 
 def unpack(data: bytes) -> Any:
-    """The plain value in a msgpack message of at most 16 MiB; raises MalformedMessage."""
+    """The plain value in a msgpack message; raises MalformedMessage. No container in it may be longer than the message."""
     try:
-        return msgpack.unpackb(data, strict_map_key=True, max_buffer_size=16 * 1024 * 1024)
+        return msgpack.unpackb(data, strict_map_key=True)
     except (ValueError, msgpack.UnpackException) as error:
         raise MalformedMessage(f"not a msgpack message: {error}") from None
 
