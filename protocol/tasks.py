@@ -127,7 +127,8 @@ class TrainSpec(Message):
 class EvaluateSpec(Message):
     """Losses of the evaluated sequences of one token file under one path, by chunk of `chunk_tokens` after the prefix.
 
-    Output `losses`. `selection` (uint32 positions in the file) limits it to some sequences.
+    Output `losses`. `selection` (uint32 positions in the file) limits it to some sequences. `tokenizer`: where it is set,
+    the UTF-8 bytes that the counted tokens stand for are counted too.
     """
 
     kind: Literal["evaluate"] = "evaluate"
@@ -138,6 +139,7 @@ class EvaluateSpec(Message):
     numerics: Numerics
     max_sequences: int | None = None
     selection: BlobRef | None = None
+    tokenizer: BlobRef | None = None
     required_bytes: Count = 0
 
 
