@@ -12,11 +12,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from protocol.errors import RejectedTensor, StaleLease, UnknownTask, UnknownWorker
-
+from coordinator.expected import ExpectedOutput
 from coordinator.plan import TRAINING, Plan
 from coordinator.state import Module, Row, Shard, Stage, State, Task, Worker
-from model.layout import TensorSpec
+from protocol.errors import RejectedTensor, StaleLease, UnknownTask, UnknownWorker
 from protocol.tasks import BlobRef, Capabilities, Message, TaskResult
 
 NUMERIC_KINDS = ("FEATURIZE", "TRAIN", "EVALUATE")
@@ -302,28 +301,25 @@ class Machine:
             raise StaleLease(f"the lease of task {task_id} under fence {fence} has ended; drop the task")
         return task
 
-    def expected_outputs(self, task: Task) -> dict[str, tuple[str, tuple[TensorSpec, ...]]]:
-        """Outputs by name: their kind (module, inner_state, record, tokens) and, for tensors, what they consist of."""
+    def expected_outputs(self, task: Task) -> dict[str, ExpectedOutput]:
+        """What each output of a task must be, by name."""
         if task.kind == "TRAIN":
             return self._expected_of_training(task)
         spec: Any = self.spec(task)
         if task.kind == "PACK":
-            return {"tokens": ("tokens", ())}
+            return {"tokens": ExpectedOutput.tokens()}
         if task.kind == "EVALUATE":
-            return {"losses": ("record", ())}
+            return {"losses": ExpectedOutput.record()}
         name = {"sample": "features", "assign": "assignments", "route": "routes"}[spec.mode]
-        return {name: ("record", ())}
+        return {name: ExpectedOutput.record()}
 
-    def _expected_of_training(self, task: Task) -> dict[str, tuple[str, tuple[TensorSpec, ...]]]:
+    def _expected_of_training(self, task: Task) -> dict[str, ExpectedOutput]:
         stage = self.state.stages[task.stage]
         shard = self.state.shards[f"{stage.model}/{task.subject}"]
         modules = self.plan.topology(stage.model).modules_of_path(shard.path_index)
-        expected: dict[str, tuple[str, tuple[TensorSpec, ...]]] = {
-            module_id: ("module", self.plan.module_spec(self.state, stage.model, module_id).tensors)
-            for module_id in modules
-        }
+        expected = {m: ExpectedOutput.module(self.plan.module_spec(self.state, stage.model, m)) for m in modules}
         if self.plan.experiment.inner.inner_state == "keep":
-            expected["inner_state"] = ("inner_state", self.plan.inner_state_tensors(self.state))
+            expected["inner_state"] = ExpectedOutput.inner_state(self.plan.path_tensors(self.state))
         return expected
 
     def complete(

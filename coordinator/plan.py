@@ -99,10 +99,9 @@ class Plan:
     def module_spec(self, state: State, model: str, module_id: str) -> ModuleSpec:
         return module_spec(self.experiment.model, self.vocab_size(state), self.topology(model), module_id)
 
-    def inner_state_tensors(self, state: State) -> tuple[TensorSpec, ...]:
-        """AdamW's m and v of a whole path, sorted by name."""
-        tensors = path_tensors(self.experiment.model, self.vocab_size(state), self.dense)
-        return tuple(TensorSpec(f"{moment}.{tensor.name}", tensor.shape) for moment in "mv" for tensor in tensors)
+    def path_tensors(self, state: State) -> tuple[TensorSpec, ...]:
+        """The tensors of any path, sorted by name."""
+        return path_tensors(self.experiment.model, self.vocab_size(state), self.dense)
 
     # --- stages -----------------------------------------------------------------------------------------------------
 
@@ -138,7 +137,8 @@ class Plan:
         if stage.kind in TRAINING:
             shards = [row for row in rows if isinstance(row, Shard)] or state.shards_of(stage.model)
             return rows + [self.train_task(stage, shard) for shard in shards]
-        return self._steps[stage.kind][0](state) if self._steps[stage.kind] else []
+        steps = self._steps[stage.kind]
+        return [*rows, *steps[0](state)] if steps else []
 
     def proceed(self, state: State, stage: Stage) -> list[Task] | None:
         """The tasks of the step after `stage.step`, or None where the stage is over."""
@@ -440,6 +440,7 @@ class Plan:
 
     def _evaluate(self, state: State) -> list[Task]:
         evaluation = self.experiment.evaluation
+        tokenizer = blob(state.stages["corpus"].result["tokenizer"])
         return [
             self._task(
                 "evaluate",
@@ -448,6 +449,7 @@ class Plan:
                 EvaluateSpec(
                     path=self.path_ref(state, model, path_index),
                     tokens=blob(part["file"]),
+                    tokenizer=tokenizer,
                     prefix_tokens=self.experiment.sharding.prefix_tokens,
                     chunk_tokens=self.chunk_tokens(),
                     numerics=self.numerics,

@@ -17,6 +17,7 @@ import torch
 
 from configs.schema import Experiment
 from corpus.token_file import TokenFile
+from corpus.tokenizer import Tokenizer
 from model.transformer import PathModel
 from protocol.tasks import EvaluateSpec, TaskResult
 from routing.records import Losses, evaluated_positions
@@ -36,15 +37,16 @@ def run_evaluate(
     module_paths: Mapping[str, Path],
     token_path: Path,
     selection_path: Path | None,
+    tokenizer_path: Path | None,
     out_dir: Path,
     progress: Progress = no_progress,
-    token_bytes: np.ndarray | None = None,
 ) -> TaskOutcome:
-    """Run the task; its one output is `losses`. `token_bytes`: UTF-8 bytes by token id, for bits per byte.
+    """Run the task; its one output is `losses`, with bytes counted where there is a tokenizer.
 
-    Raises TensorMismatch, BadTokenFile, UnsupportedNumerics.
+    Raises TensorMismatch, BadTokenFile, BadTokenizer, UnsupportedNumerics.
     """
     begin = time.monotonic()
+    token_bytes = None if tokenizer_path is None else Tokenizer.from_file(tokenizer_path).token_byte_lengths()
     with applied(spec.numerics) as compute, TokenFile.open(token_path) as file:
         if selection_path is None:
             positions = evaluated_positions(file, spec.max_sequences)
@@ -61,7 +63,7 @@ def run_evaluate(
             positions=positions.astype(np.uint32),
             loss=grid.loss,
             count=grid.count,
-            bytes=grid.bytes,
+            text_bytes=grid.bytes,
             domains=file.domains[positions],
             domain_names=tuple(file.domain_names),
         )

@@ -1,0 +1,450 @@
+"""The coordinator process: applies the state machine's decisions to the journal, the store and the executor.
+
+Holds no decision of its own. Everything runs on one event loop; files and arithmetic are handed to threads. The
+order is always: outputs durable in the store, one transaction, then in memory, then the waiting workers are woken.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import json
+import random
+import signal
+import time
+from collections.abc import Callable, Coroutine
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from configs.load import resume_difference, to_yaml
+from configs.schema import Config
+from coordinator.executor import Executor
+from coordinator.handlers import (
+    HeartbeatAnswer,
+    HeartbeatArgs,
+    HelloAnswer,
+    HelloArgs,
+    LeaseAnswer,
+    ReleaseArgs,
+    UploadSink,
+)
+from coordinator.jobs import Jobs
+from coordinator.journal import Journal, RunLock, RunUnusable
+from coordinator.machine import Decision, Machine, StepDue
+from coordinator.outer import contribution_weights
+from coordinator.plan import Plan
+from coordinator.server import start_server
+from coordinator.spool import Spool
+from coordinator.state import Standing, State, Task
+from coordinator.status import Tally, status_of
+from coordinator.uploads import Upload
+from model.store import BlobStore
+from protocol.errors import UnknownBlob
+from protocol.security import load_security
+from protocol.tasks import BlobRef, TaskResult
+from protocol.tensors import UploadHeader
+
+MAX_WAIT_S = 30.0
+TICK_S = 0.5
+FAREWELL_S = 10.0
+PARALLEL_STEPS = 2
+
+
+class RunPaused(RuntimeError):
+    """The run cannot go on without a person: the message holds the reasons."""
+
+
+class Coordinator:
+    """One run, open for workers."""
+
+    def __init__(self, config: Config, run_dir: Path, say: Callable[[str], None]) -> None:
+        """Open (or create) the run directory; raises RunUnusable."""
+        self.config = config
+        self.run_dir = run_dir
+        self.say = say
+        self._journal = Journal(run_dir)
+        self._store = BlobStore(run_dir / "blobs")
+        self._spool = Spool(run_dir / "spool", self._store)
+        self._executor = Executor(self._store, run_dir / "scratch")
+        self._plan = Plan(config)
+        self._machine = Machine(self._plan, State(self._journal.rows()), random.SystemRandom())
+        self._jobs = Jobs(self._plan, self._store, say)
+        self._tally = Tally()
+        self._changed = asyncio.Event()
+        self._busy: set[object] = set()
+        self._background: set[asyncio.Task[None]] = set()
+        self._step_slots = asyncio.Semaphore(PARALLEL_STEPS)
+        self.failure: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    # --- life -------------------------------------------------------------------------------------------------------
+
+    @property
+    def finished(self) -> bool:
+        return self._machine.state.standing.finished
+
+    @property
+    def paused(self) -> str:
+        return self._machine.state.standing.paused
+
+    def open(self) -> None:
+        """Begin the run, or go on where its journal ends; raises RunUnusable where blobs are missing."""
+        for metric in self._journal.metrics():
+            self._tally.add(metric)
+        if not self._machine.state.stages:
+            self._commit(self._machine.open(time.time()))
+            return
+        self._machine.state.forget_tasks(self._machine.consumed())
+        self._spool.retain(task.task_id for task in self._machine.state.tasks.values() if task.status == "leased")
+        self._recover_store()
+        self._commit(self._machine.resume(time.monotonic()))
+        done = sum(stage.status == "done" for stage in self._machine.state.stages.values())
+        self.say(
+            f"going on with {self.run_dir}: {done} of {len(self._machine.state.stages)} stages done, "
+            f"{self._tally.steps} inner steps in the weights"
+        )
+
+    def _recover_store(self) -> None:
+        """Remove what nothing refers to, and make sure that everything referred to is there."""
+        needed = self._machine.referenced()
+        held = set(self._store.digests())
+        missing = sorted(digest for digest in needed & self._needed_blobs() if digest not in held)
+        if missing:
+            raise RunUnusable(
+                f"{self.run_dir} lacks {len(missing)} blobs that its journal names (first: {missing[0]}); "
+                "restore blobs/ from a copy, or start anew in another --run-dir"
+            )
+        for digest in held - needed:
+            self._store.delete(digest)
+        self._store.clear_scratch()
+
+    def _needed_blobs(self) -> set[str]:
+        """Blobs without which the run cannot go on."""
+        state = self._machine.state
+        refs = [ref for row in state.modules.values() for ref in (row.params, row.momentum)]
+        refs += [ref for shard in state.shards.values() for ref in (*shard.files, shard.inner_state)]
+        return {ref.digest for ref in refs if ref is not None}
+
+    async def tick(self) -> None:
+        """Watch over leases until the run is finished or paused."""
+        self._dispatch()
+        while not (self.finished or self.paused):
+            decision = self._machine.expire(time.monotonic())
+            for row in decision.rows:
+                if isinstance(row, Task):
+                    self.say(f"task {row.task_id} is available again: its lease ran out")
+            if decision.rows:
+                self._commit(decision)
+            await self._sleep(TICK_S)
+
+    async def farewell(self) -> None:
+        """Give workers the time to hear that the run is finished."""
+        until = time.monotonic() + FAREWELL_S
+        while self._machine.state.workers and time.monotonic() < until:
+            await asyncio.sleep(0.05)
+
+    async def close(self) -> None:
+        """Stop background work at its next durable point."""
+        for task in list(self._background):
+            task.cancel()
+        await asyncio.gather(*self._background, return_exceptions=True)
+        self._journal.close()
+
+    # --- decisions --------------------------------------------------------------------------------------------------
+
+    def _commit(self, decision: Decision) -> None:
+        """Store a decision, make it current, let go of what it made obsolete, and wake who waits."""
+        if decision.rows or decision.metrics:
+            self._journal.commit(decision.rows, decision.metrics)
+        for metric in decision.metrics:
+            self._tally.add(metric)
+        self._machine.apply(decision)
+        if decision.obsolete:
+            needed = self._machine.referenced()
+            for digest in set(decision.obsolete) - needed:
+                self._store.delete(digest)
+        self._changed.set()
+        self._changed = asyncio.Event()
+        self._dispatch()
+
+    def _dispatch(self) -> None:
+        """Start the coordinator's own work that is ready: local tasks and module steps."""
+        if self.paused:
+            return
+        for task in self._machine.local_tasks():
+            self._start(task.task_id, self._run_local(task))
+        for due in self._machine.due_steps():
+            self._start((due.module.key, due.module.version), self._run_step(due))
+
+    def _start(self, key: object, work: Coroutine[Any, Any, None]) -> None:
+        if key in self._busy:
+            work.close()
+            return
+        self._busy.add(key)
+        task = asyncio.get_running_loop().create_task(self._guard(key, work))
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+
+    async def _guard(self, key: object, work: Coroutine[Any, Any, None]) -> None:
+        """A person's mistake pauses the run; anything else ends the process, and a restart goes on from the journal."""
+        try:
+            await work
+        except ValueError as error:
+            self._commit(self._machine.pause(str(error)))
+        except Exception as error:
+            if not self.failure.done():
+                self.failure.set_exception(error)
+        finally:
+            self._busy.discard(key)
+            self._dispatch_soon()
+
+    def _dispatch_soon(self) -> None:
+        asyncio.get_running_loop().call_soon(self._dispatch)
+
+    async def _run_local(self, task: Task) -> None:
+        result = await asyncio.to_thread(self._jobs.run, task, self._machine.state)
+        self._commit(self._machine.local_done(task, result, time.time()))
+
+    async def _run_step(self, due: StepDue) -> None:
+        """Step one module on its contributions, durably, then publish the version."""
+        async with self._step_slots:
+            outer = self._plan.outer(due.model)
+            weights = contribution_weights([tokens for _, tokens, _ in due.contributions])
+            outcome = await asyncio.to_thread(
+                self._executor.step,
+                (due.model, due.module.module_id),
+                due.module.version,
+                self._plan.module_spec(self._machine.state, due.model, due.module.module_id),
+                self._store.path(due.module.params.digest),
+                None if due.module.momentum is None else self._store.path(due.module.momentum.digest),
+                [
+                    (weight, self._store.path(ref.digest))
+                    for weight, (_, _, ref) in zip(weights, due.contributions, strict=True)
+                ],
+                outer,
+            )
+        params = BlobRef(digest=outcome.params[0], size=outcome.params[1])
+        momentum = outcome.momentum and BlobRef(digest=outcome.momentum[0], size=outcome.momentum[1])
+        self._commit(self._machine.module_stepped(due, params, momentum, time.time()))
+
+    async def _sleep(self, seconds: float) -> None:
+        """Wait for a change, at most `seconds`."""
+        try:
+            await asyncio.wait_for(self._changed.wait(), seconds)
+        except TimeoutError:
+            return
+
+    # --- what the service calls -------------------------------------------------------------------------------------
+
+    async def hello(self, args: HelloArgs) -> HelloAnswer:
+        worker_id = self._machine.register(args.worker_id, args.worker_name, args.capabilities, time.monotonic())
+        self.say(f"worker {args.worker_name} {'is back' if args.worker_id else 'joined'} as {worker_id}")
+        return HelloAnswer(
+            worker_id, self.config.name, self.config.model_dump_json(), self.config.execution.heartbeat_s
+        )
+
+    async def lease(self, worker_id: str, wait_s: float, cached_digests: frozenset[str]) -> LeaseAnswer:
+        until = time.monotonic() + min(wait_s, MAX_WAIT_S)
+        while True:
+            lease = self._machine.lease(worker_id, cached_digests, time.monotonic())
+            if lease.decision.rows:
+                self._journal.commit(lease.decision.rows)
+                self._machine.apply(lease.decision)
+            if lease.task is not None:
+                return LeaseAnswer(
+                    lease.task.task_id,
+                    lease.task.fence,
+                    self.config.execution.lease_s,
+                    lease.spec,  # type: ignore[arg-type]
+                )
+            remaining = until - time.monotonic()
+            if lease.finished or self.paused or remaining <= 0:
+                return LeaseAnswer(waiting_for=lease.waiting_for, finished=lease.finished)
+            await self._sleep(remaining)
+
+    async def heartbeat(self, args: HeartbeatArgs) -> HeartbeatAnswer:
+        lost, lease_s = self._machine.heartbeat(
+            args.worker_id, args.task_id, args.fence, args.steps, args.loss, args.tokens, time.monotonic()
+        )
+        return HeartbeatAnswer(lost, lease_s)
+
+    async def complete(self, worker_id: str, task_id: str, fence: int, result: TaskResult) -> bool:
+        if self._journal.has_metric(task_id):
+            return True
+        task = self._machine.held_task(task_id, fence)
+        verified = self._spool.verified(task_id, fence)
+        for name, ref in result.outputs.items():
+            if verified.get(name) != ref:
+                raise UnknownBlob(f"output {name} of task {task_id} ({ref.digest}) was not uploaded; upload it again")
+        await asyncio.to_thread(self._spool.commit, task_id, fence, result.outputs)
+        if self._journal.has_metric(task_id):
+            return True
+        decision = self._machine.complete(worker_id, task_id, fence, result, time.monotonic(), time.time())
+        if not any(isinstance(row, Standing) for row in decision.rows):
+            decision = replace(decision, rows=(*decision.rows, self._machine.state.standing))
+        self._commit(decision)
+        self._spool.discard(task_id)
+        if task.kind == "TRAIN":
+            self._accumulate(task, result.outputs)
+        return False
+
+    def _accumulate(self, task: Task, outputs: dict[str, BlobRef]) -> None:
+        """Let the executor add the contributions of a task to the sums of its modules while others still train."""
+        model, shard = self._machine.state.stages[task.stage].model, int(task.subject)
+        topology = self._plan.topology(model)
+        for module_id in topology.modules_of_path(topology.path_of_shard(shard)):
+            shards = topology.shards_of_module(module_id)
+            tokens = [self._machine.state.shards[f"{model}/{other}"].training_tokens for other in shards]
+            if len(shards) > 1:
+                weight = contribution_weights(tokens)[shards.index(shard)]
+                path = self._store.path(outputs[module_id].digest)
+                add = asyncio.to_thread(self._executor.add, (model, module_id), task.phase, shards, shard, weight, path)
+                self._start((model, module_id, task.phase, shard), add)
+
+    async def release(self, args: ReleaseArgs) -> None:
+        decision = self._machine.release(
+            args.worker_id, args.task_id, args.fence, args.reason, args.leaving, time.monotonic()
+        )
+        if args.reason:
+            self.say(f"task {args.task_id} failed: {args.reason}")
+        self._commit(decision)
+
+    async def status(self) -> dict[str, Any]:
+        return status_of(self._plan, self._machine.state, self._tally, time.monotonic())
+
+    async def blob_path(self, digest: str) -> Path:
+        if not self._store.has(digest):
+            raise UnknownBlob(f"blob {digest} is not held here")
+        path = self._store.path(digest)
+        self._count(self._category(digest), path.stat().st_size)
+        return path
+
+    async def upload_offset(self, task_id: str, fence: int, digest: str) -> int:
+        self._machine.held_task(task_id, fence)
+        return self._spool.offset(task_id, fence, digest)
+
+    async def begin_upload(self, header: UploadHeader) -> UploadSink:
+        task = self._machine.held_task(header.task_id, header.fence)
+        return Upload(self._spool, header, self._machine.expected_outputs(task), self._count)
+
+    # --- what went over the wire ------------------------------------------------------------------------------------
+
+    def _category(self, digest: str) -> str:
+        state = self._machine.state
+        if any(row.params.digest == digest for row in state.modules.values()):
+            return "modules"
+        if any(row.inner_state and row.inner_state.digest == digest for row in state.shards.values()):
+            return "inner_state"
+        return "other"
+
+    def _count(self, category: str, num_bytes: int) -> None:
+        standing = self._machine.state.standing
+        moved = {**standing.bytes_moved, category: standing.bytes_moved.get(category, 0) + num_bytes}
+        self._machine.state.standing = replace(standing, bytes_moved=moved)
+
+
+def write_config(config: Config, run_dir: Path) -> None:
+    """Put the configuration of a new run into its directory; on a resumed one refuse what would change its bits."""
+    journal = Journal(run_dir)
+    try:
+        stored = journal.meta("config")
+        if stored is not None:
+            difference = resume_difference(Config.model_validate(json.loads(stored)), config)
+            if difference:
+                raise RunUnusable(
+                    f"{run_dir} was made with another {difference}; only `execution` may change on resume: "
+                    "restore the key, or use another --run-dir"
+                )
+        journal.set_meta("config", config.model_dump_json())
+        (run_dir / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+    finally:
+        journal.close()
+
+
+def serve(
+    config: Config,
+    run_dir: Path,
+    listen: str,
+    *,
+    insecure: bool = False,
+    ready: Callable[[str], None] = lambda address: None,
+    say: Callable[[str], None] = print,
+) -> None:
+    """Serve a run until it is finished; returns early on SIGINT or SIGTERM, from where a restart goes on.
+
+    `ready` is told the address once workers can connect. Raises RunUnusable, RunPaused, NotAllowed, OSError.
+    """
+    run_dir.mkdir(parents=True, exist_ok=True)
+    lock = RunLock(run_dir)
+    try:
+        write_config(config, run_dir)
+        asyncio.run(_serve_until_signalled(config, run_dir, listen, insecure, ready, say))
+    finally:
+        lock.release()
+
+
+async def _serve_until_signalled(
+    config: Config,
+    run_dir: Path,
+    listen: str,
+    insecure: bool,
+    ready: Callable[[str], None],
+    say: Callable[[str], None],
+) -> None:
+    stopped = asyncio.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, stopped.set)
+    await serve_until(stopped, config, run_dir, listen, insecure, ready, say)
+
+
+async def serve_until(
+    stopped: asyncio.Event,
+    config: Config,
+    run_dir: Path,
+    listen: str,
+    insecure: bool = False,
+    ready: Callable[[str], None] = lambda address: None,
+    say: Callable[[str], None] = print,
+) -> None:
+    """Serve a prepared run directory until the run is over or `stopped` is set; raises what `serve` does."""
+    coordinator = Coordinator(config, run_dir, say)
+    try:
+        coordinator.open()
+        server = await start_server(
+            coordinator,
+            listen,
+            security=load_security(run_dir),
+            insecure=insecure,
+            chunk_bytes=config.execution.chunk_bytes,
+        )
+        try:
+            (run_dir / "address").write_text(f"{server.address}\n", encoding="utf-8")
+            ready(str(server.address))
+            await _until_over(coordinator, stopped)
+        finally:
+            await server.stop()
+    finally:
+        await coordinator.close()
+    if coordinator.paused:
+        raise RunPaused(f"{coordinator.paused}; mend it and start the same command again")
+
+
+async def _until_over(coordinator: Coordinator, stopped: asyncio.Event) -> None:
+    """Until the run is finished or paused, a signal came, or something broke (which is raised)."""
+    watch = asyncio.create_task(coordinator.tick())
+    signalled = asyncio.create_task(stopped.wait())
+    awaited: set[asyncio.Future[Any]] = {watch, signalled, coordinator.failure}
+    await asyncio.wait(awaited, return_when=asyncio.FIRST_COMPLETED)
+    signalled.cancel()
+    if coordinator.failure.done():
+        watch.cancel()
+        coordinator.failure.result()
+    if watch.done():
+        watch.result()
+        await coordinator.farewell()
+    watch.cancel()
+
+
+def is_disk_full(error: OSError) -> bool:
+    """Whether the system refused to write for want of room."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)

@@ -1,0 +1,45 @@
+"""One upload on its way into the spool: the async face of a spool sink, off the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping
+
+from coordinator.expected import ExpectedOutput
+from coordinator.spool import Spool
+from protocol.errors import RejectedTensor
+from protocol.tensors import UploadHeader
+
+CATEGORY_OF_KIND = {"module": "outer_gradients", "inner_state": "inner_state"}
+
+
+class Upload:
+    """Takes the bytes of one output of a leased task; counts them by category when the output is whole."""
+
+    def __init__(
+        self,
+        spool: Spool,
+        header: UploadHeader,
+        expected: Mapping[str, ExpectedOutput],
+        count: Callable[[str, int], None],
+    ) -> None:
+        """Raises RejectedTensor where the task has no such output."""
+        if header.output not in expected:
+            raise RejectedTensor(
+                f"task {header.task_id} has no output {header.output!r}; it has {', '.join(sorted(expected))}"
+            )
+        self._sink = spool.open(header, expected[header.output])
+        self._moved = header.size - header.offset
+        self._category = CATEGORY_OF_KIND.get(header.kind, "other")
+        self._count = count
+
+    async def write(self, data: bytes) -> None:
+        await asyncio.to_thread(self._sink.write, data)
+
+    async def finish(self) -> int:
+        size = await asyncio.to_thread(self._sink.finish)
+        self._count(self._category, self._moved)
+        return size
+
+    async def abort(self) -> None:
+        await asyncio.to_thread(self._sink.abort)

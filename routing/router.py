@@ -1,0 +1,83 @@
+"""The router interface, and the router of the features: which path comes next, given the tokens so far.
+
+One class serves evaluation and inference; sharding uses its clusters directly on features that tasks have computed.
+
+Legend: T tokens so far (BOS first), P paths.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+from jaxtyping import Float64
+
+from model.transformer import PathModel
+from routing.clusters import Clusters
+from routing.features import features_of, first_prefix, prefix_before
+
+
+@dataclass(frozen=True, slots=True)
+class RouteState:
+    """What a router remembers of a text: how many of its tokens it has routed on (0: none yet)."""
+
+    seen_tokens: int = 0
+
+
+class Router(Protocol):
+    """Posterior over paths from the tokens so far. `version` changes with anything that could change a route."""
+
+    @property
+    def version(self) -> str: ...
+
+    @property
+    def num_paths(self) -> int: ...
+
+    def route(
+        self, tokens: npt.NDArray[Any], state: RouteState | None = None
+    ) -> tuple[Float64[np.ndarray, " P"], RouteState]:
+        """Probabilities of the paths for what follows `tokens`, and the state to pass with the next call."""
+        ...
+
+
+class FeatureRouter:
+    """Clusters over features of the base LM: the first prefix decides at first, the last prefix_tokens ever after."""
+
+    def __init__(self, base: PathModel, clusters: Clusters) -> None:
+        self._base = base
+        self._clusters = clusters
+
+    @property
+    def version(self) -> str:
+        return self._clusters.version
+
+    @property
+    def num_paths(self) -> int:
+        return self._clusters.num_paths
+
+    def route(
+        self, tokens: npt.NDArray[Any], state: RouteState | None = None
+    ) -> tuple[Float64[np.ndarray, " P"], RouteState]:
+        """`tokens` (T) with BOS in front. A prefix shorter than prefix_tokens is routed on as it is."""
+        prefix_tokens = self._clusters.prefix_tokens
+        if state is None or state.seen_tokens < prefix_tokens:
+            prefix = first_prefix(tokens, prefix_tokens)
+        else:
+            prefix = prefix_before(tokens, len(tokens), prefix_tokens)
+        posterior = self._clusters.posterior(features_of(self._base, [prefix]))[0]
+        return posterior, RouteState(len(tokens) - 1)
+
+
+class OnePath:
+    """The router of a topology with one path."""
+
+    version = "one path"
+    num_paths = 1
+
+    def route(
+        self, tokens: npt.NDArray[Any], state: RouteState | None = None
+    ) -> tuple[Float64[np.ndarray, " P"], RouteState]:
+        del state
+        return np.ones(1), RouteState(len(tokens) - 1)
