@@ -40,9 +40,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, hidden.shape[0], size):
             part, target = hidden[start : start + size], targets[start : start + size, None]
             scores = torch.log_softmax((part @ weight.t()).float(), dim=-1)  # (C, V)
-            total -= scores.gather(1, target).sum()
+            at_target = scores.gather(1, target)
+            total -= at_target.sum()
             if wants_hidden or wants_weight:
-                error = scores.exp_().scatter_add_(1, target, scores.new_full((1, 1), -1.0).expand_as(target))
+                error = scores.exp_().scatter_(1, target, at_target.exp() - 1.0)  # softmax minus one-hot
             if hidden_grad is not None:
                 hidden_grad[start : start + size] = error @ weight
             if weight_grad is not None:

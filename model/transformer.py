@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from configs.schema import ModelConfig
 from model.linear_cross_entropy import linear_cross_entropy, token_cross_entropy
+from model.rms_norm import RMSNorm
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -70,18 +71,6 @@ def block_diagonal_mask(sequence_index: Int[Tensor, "B T"]) -> Float[Tensor, "B 
     same = sequence_index[:, :, None] == sequence_index[:, None, :]  # (B, T, T)
     mask = torch.full(same.shape, -torch.inf, device=same.device)
     return mask.masked_fill_(same.tril_(), 0.0)[:, None]
-
-
-class RMSNorm(nn.Module):
-    """Root mean square norm (1910.07467) with a gain, computed in float32."""
-
-    def __init__(self, size: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(size))
-        self.eps = eps
-
-    def forward(self, x: Float[Tensor, "... H"]) -> Float[Tensor, "... H"]:
-        return F.rms_norm(x.float(), self.weight.shape, self.weight, self.eps)
 
 
 def _linear(inputs: int, outputs: int) -> nn.Linear:
