@@ -16,6 +16,7 @@ from model.layout import level_tensors
 from model.topology import Level
 
 Dtype = Literal["auto", "float32", "bfloat16"]
+Device = Literal["auto", "cpu", "cuda", "mps"]
 
 # Copies of the parameters while training: themselves, gradients, AdamW's m and v, the start, one temporary of a step.
 _TRAIN_COPIES = 6
@@ -23,6 +24,8 @@ _TRAIN_COPIES = 6
 _READ_COPIES = 2
 # Sequences that a worker runs at once where it keeps no activations.
 _READ_ROWS = 8
+# Logits that exist at once at most (model/linear_cross_entropy.py).
+_LOGITS_ON_CPU, _LOGITS = 2**18, 2**27
 # Token files, buffers and allocator slack.
 _OVERHEAD_BYTES = 32 * 1024**2
 
@@ -34,18 +37,18 @@ def train_bytes(
     sequence_length: int | None = None,
     dtype: Dtype = "auto",
     checkpoint_activations: bool = False,
+    device: Device = "auto",
 ) -> int:
     """Bytes that inner steps on one path need with micro batches of `rows` rows of `sequence_length` tokens."""
     length = sequence_length or model.sequence_length
     tokens = rows * length
     block = tokens * _block_bytes_per_token(model)
     if checkpoint_activations:
-        kept = model.blocks * tokens * 4 * model.hidden_size + 2 * block
+        kept = model.blocks * tokens * 4 * model.hidden_size + 3 * block
     else:
         kept = (model.blocks + 1) * block
-    logits = 3 * tokens * 4 * vocab_size  # scores, their log-softmax, their gradient
-    mask = 2 * tokens * 4 * length
-    return _parameter_bytes(model, vocab_size, _TRAIN_COPIES, dtype) + kept + logits + mask + _OVERHEAD_BYTES
+    working = kept + _logits_bytes(tokens, vocab_size, device) + _mask_bytes(rows, length)
+    return _parameter_bytes(model, vocab_size, _TRAIN_COPIES, dtype) + working + _OVERHEAD_BYTES
 
 
 def evaluate_bytes(
@@ -54,16 +57,18 @@ def evaluate_bytes(
     rows: int = _READ_ROWS,
     sequence_length: int | None = None,
     dtype: Dtype = "auto",
+    device: Device = "auto",
 ) -> int:
     """Bytes that the losses of `rows` sequences at once need: no gradients, one block's activations at a time."""
     length = sequence_length or model.sequence_length
     tokens = rows * length
-    working = tokens * _block_bytes_per_token(model) + 2 * tokens * 4 * vocab_size + 2 * tokens * 4 * length
+    block = tokens * _block_bytes_per_token(model)
+    working = block + _logits_bytes(tokens, vocab_size, device) + _mask_bytes(rows, length)
     return _parameter_bytes(model, vocab_size, _READ_COPIES, dtype) + working + _OVERHEAD_BYTES
 
 
 def featurize_bytes(
-    model: ModelConfig, vocab_size: int, rows: int = 256, prefix_tokens: int = 32, dtype: Dtype = "auto"
+    model: ModelConfig, vocab_size: int, rows: int = 64, prefix_tokens: int = 32, dtype: Dtype = "auto"
 ) -> int:
     """Bytes that the prefix features of `rows` sequences at once need; no scores are computed."""
     tokens = rows * (prefix_tokens + 1)
@@ -76,6 +81,16 @@ def _parameter_bytes(model: ModelConfig, vocab_size: int, copies: int, dtype: Dt
     whole_path = Level(0, 1, tuple(range(model.blocks)), embedding=True, head=True, per_path=False)
     parameters = sum(tensor.num_elements for tensor in level_tensors(model, vocab_size, whole_path))
     return parameters * (4 * copies + (0 if dtype == "float32" else 2))
+
+
+def _logits_bytes(tokens: int, vocab_size: int, device: Device) -> int:
+    """Scores of the tokens taken at once, their log-softmax and its gradient."""
+    return 3 * 4 * min(tokens * vocab_size, _LOGITS_ON_CPU if device == "cpu" else _LOGITS)
+
+
+def _mask_bytes(rows: int, length: int) -> int:
+    """Who sees whom, and one copy of it."""
+    return 2 * 4 * rows * length * length
 
 
 def _block_bytes_per_token(model: ModelConfig) -> int:
