@@ -16,7 +16,6 @@ import numpy.typing as npt
 from jaxtyping import Float32, Float64, Int64, UInt16, UInt32, UInt64
 
 MIN_EVALUATED_TOKENS = 64
-_MAX_BYTES = 1 << 31
 
 
 class MalformedRecord(ValueError):
@@ -43,8 +42,8 @@ def _pack(record: dict[str, Any]) -> bytes:
 
 def _unpack(data: bytes, what: str) -> dict[str, Any]:
     try:
-        record = msgpack.unpackb(data, max_buffer_size=_MAX_BYTES)
-    except (ValueError, msgpack.UnpackException) as error:
+        record = msgpack.unpackb(data)
+    except (ValueError, RecursionError, msgpack.UnpackException) as error:
         raise MalformedRecord(f"not a record of {what}: {error}") from None
     if not isinstance(record, dict):
         raise MalformedRecord(f"not a record of {what}: expected a map, found {type(record).__name__}")
@@ -64,9 +63,34 @@ def _array(record: dict[str, Any], key: str, dtype: str, *shape: int) -> npt.NDA
 
 def _count(record: dict[str, Any], key: str) -> int:
     value = record.get(key)
-    if not isinstance(value, int) or value < 0:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
         raise MalformedRecord(f"{key!r} of a record must be a count, not {value!r}")
     return value
+
+
+def _name(record: dict[str, Any], key: str) -> str:
+    value = record.get(key)
+    if not isinstance(value, str):
+        raise MalformedRecord(f"{key!r} of a record must be a name, not {value!r}")
+    return value
+
+
+def _names(record: dict[str, Any], key: str) -> tuple[str, ...]:
+    value = record.get(key)
+    if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+        raise MalformedRecord(f"{key!r} of a record must be a list of names, not {value!r}")
+    return tuple(value)
+
+
+def _intervals(record: dict[str, Any], key: str) -> dict[int, dict[str, Any]]:
+    """The entries under `key`, by the interval (tokens) that their key spells."""
+    value = record.get(key)
+    if not isinstance(value, dict) or not all(isinstance(entry, dict) for entry in value.values()):
+        raise MalformedRecord(f"{key!r} of a record must be a map of maps, not {value!r}")
+    try:
+        return {int(interval): entry for interval, entry in value.items()}
+    except ValueError:
+        raise MalformedRecord(f"{key!r} of a record must have token counts as keys, not {list(value)}") from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +155,7 @@ class ShardManifest:
         record = _unpack(data, "a shard's manifest")
         return cls(
             _count(record, "shard"),
-            str(record.get("router", "")),
+            _name(record, "router"),
             _array(record, "ids", "<u8", -1),
             _count(record, "overlap"),
         )
@@ -162,15 +186,12 @@ class Routes:
     def from_bytes(cls, data: bytes) -> Self:
         record = _unpack(data, "routes")
         positions = _array(record, "positions", "<u4", -1)
-        every = record.get("every")
-        if not isinstance(every, dict):
-            raise MalformedRecord("a record of routes lacks 'every'")
         return cls(
             positions,
             _array(record, "sequence", "<u2", len(positions)),
             {
-                int(interval): _array(entry, "path", "<u2", len(positions), _count(entry, "chunks"))
-                for interval, entry in every.items()
+                interval: _array(entry, "path", "<u2", len(positions), _count(entry, "chunks"))
+                for interval, entry in _intervals(record, "every").items()
             },
         )
 
@@ -204,14 +225,14 @@ class Losses:
         record = _unpack(data, "losses")
         positions = _array(record, "positions", "<u4", -1)
         shape = len(positions), _count(record, "chunks")
-        names = record.get("domain_names")
-        if not isinstance(names, list):
-            raise MalformedRecord("a record of losses lacks 'domain_names'")
+        domains, names = _array(record, "domains", "<u2", len(positions)), _names(record, "domain_names")
+        if len(domains) and int(domains.max()) >= len(names):
+            raise MalformedRecord(f"a record of losses has a sequence of domain {int(domains.max())} of {len(names)}")
         return cls(
             positions,
             _array(record, "loss", "<f8", *shape),
             _array(record, "count", "<u4", *shape),
             _array(record, "bytes", "<u4", *shape),
-            _array(record, "domains", "<u2", len(positions)),
-            tuple(str(name) for name in names),
+            domains,
+            names,
         )
