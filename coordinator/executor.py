@@ -19,14 +19,11 @@ import numpy as np
 
 from configs.schema import OuterConfig
 from coordinator.outer import Chunk, NoContributions, add_weighted, gradient_scale, nesterov_step, squared_norm
+from coordinator.partial_sum import CHUNK_ELEMENTS, Contribution, FlatFile, PartialSum, chunk_spans
 from model import tensor_file
 from model.layout import ModuleSpec, TensorSpec
 from model.store import BlobStore
 
-CHUNK_ELEMENTS = 1 << 18
-
-# A contribution: its weight and its tensor file (start minus end; for `assign` the end itself).
-Contribution = tuple[float, Path]
 # Model and module id.
 ModuleKey = tuple[str, str]
 
@@ -44,65 +41,6 @@ class StepOutcome:
     outer_gradient_norm: float
 
 
-class _FlatFile:
-    """The flat float32 vector of a tensor file that was checked against its specs; holds no descriptor."""
-
-    def __init__(self, path: Path, tensors: Sequence[TensorSpec]) -> None:
-        tensor_file.open_flat(path, tensors)
-        self._path = path
-        self._start = len(tensor_file.header_bytes(tensors))
-
-    def read(self, first: int, count: int) -> Chunk:
-        return _read(self._path, first, count, self._start)
-
-
-def _read(path: Path, first: int, count: int, start: int = 0) -> Chunk:
-    """Elements `first` .. `first + count` of the float32 vector that begins at byte `start`, (C)."""
-    chunk = np.fromfile(path, dtype="<f4", count=count, offset=start + 4 * first)
-    if chunk.size != count:
-        raise tensor_file.TensorMismatch(f"{path.name} ends {count - chunk.size} elements early")
-    return chunk
-
-
-def _spans(elements: int, chunk_elements: int) -> list[tuple[int, int]]:
-    """(first, count) of every chunk."""
-    return [(first, min(chunk_elements, elements - first)) for first in range(0, elements, chunk_elements)]
-
-
-class PartialSum:
-    """The weighted sum of the first contributions to one module, in a scratch file of the module's size."""
-
-    def __init__(self, path: Path, tensors: Sequence[TensorSpec], chunk_elements: int = CHUNK_ELEMENTS) -> None:
-        self.tensors = tuple(tensors)
-        self.contributions: list[Contribution] = []
-        self._path = path
-        self._spans = _spans(tensor_file.num_elements(self.tensors), chunk_elements)
-
-    @np.errstate(over="ignore", invalid="ignore")  # the step refuses what overflows
-    def add(self, weight: float, path: Path) -> None:
-        """Add the next contribution in shard order. After a failure the sum is empty: nothing half added is kept."""
-        outer_gradient = _FlatFile(path, self.tensors)
-        try:
-            with self._path.open("r+b" if self.contributions else "wb") as file:
-                for first, count in self._spans:
-                    total = self.read(first, count) if self.contributions else None
-                    file.seek(4 * first)
-                    file.write(add_weighted(total, outer_gradient.read(first, count), weight).data)
-        except BaseException:
-            self.remove()
-            raise
-        self.contributions.append((weight, path))
-
-    def read(self, first: int, count: int) -> Chunk:
-        """A chunk of the sum; there must be a contribution in it."""
-        return _read(self._path, first, count)
-
-    def remove(self) -> None:
-        """Empty the sum and delete its file."""
-        self.contributions.clear()
-        self._path.unlink(missing_ok=True)
-
-
 class _Gradient:
     """The outer gradient of a step, chunk by chunk: the partial sum, if it fits, then the other contributions."""
 
@@ -111,7 +49,7 @@ class _Gradient:
     ) -> None:
         self._partial = partial if partial is not None and _is_prefix(partial, spec, contributions) else None
         summed = len(self._partial.contributions) if self._partial else 0
-        self._others = [(weight, _FlatFile(path, spec.tensors)) for weight, path in contributions[summed:]]
+        self._others = [(weight, FlatFile(path, spec.tensors)) for weight, path in contributions[summed:]]
         self._scale = np.float32(scale)
 
     def read(self, first: int, count: int) -> Chunk:
@@ -148,14 +86,14 @@ def step_module(
     """
     scale = gradient_scale(len(contributions) if num_contributions is None else num_contributions, outer.rescale)
     gradient = _Gradient(spec, contributions, scale, partial)
-    old_params = _FlatFile(params, spec.tensors)
-    old_momentum = _FlatFile(momentum, spec.tensors) if momentum is not None else None
+    old_params = FlatFile(params, spec.tensors)
+    old_momentum = FlatFile(momentum, spec.tensors) if momentum is not None else None
     squares = 0.0
     with (
         tensor_file.Writer(out_params, spec.tensors) as params_writer,
         tensor_file.Writer(out_momentum, spec.tensors) as momentum_writer,
     ):
-        for first, count in _spans(spec.num_elements, chunk_elements):
+        for first, count in chunk_spans(spec.num_elements, chunk_elements):
             chunk = gradient.read(first, count)
             buffer = old_momentum.read(first, count) if old_momentum else None
             stepped, buffer = nesterov_step(
@@ -177,8 +115,8 @@ def _check_finite(spec: ModuleSpec, *chunks: Chunk) -> None:
 
 def distance(spec: ModuleSpec, start: Path, end: Path, chunk_elements: int = CHUNK_ELEMENTS) -> float:
     """The L2 norm of start minus end of two tensor files of a module."""
-    left, right = _FlatFile(start, spec.tensors), _FlatFile(end, spec.tensors)
-    spans = _spans(spec.num_elements, chunk_elements)
+    left, right = FlatFile(start, spec.tensors), FlatFile(end, spec.tensors)
+    spans = chunk_spans(spec.num_elements, chunk_elements)
     return math.sqrt(sum(squared_norm(left.read(*span) - right.read(*span)) for span in spans))
 
 

@@ -12,8 +12,9 @@ import numpy.typing as npt
 import pytest
 
 from configs.schema import OuterConfig
-from coordinator.executor import Contribution, Executor, NonFiniteStep, PartialSum, StepOutcome, distance, step_module
+from coordinator.executor import Executor, NonFiniteStep, StepOutcome, distance, step_module
 from coordinator.outer import Chunk, NoContributions, add_weighted, contribution_weights, nesterov_step
+from coordinator.partial_sum import Contribution, PartialSum
 from model import tensor_file
 from model.layout import ModuleSpec, TensorSpec
 from model.store import BlobStore, UnknownBlob
