@@ -11,6 +11,7 @@ from configs.schema import TokenizerConfig
 from coordinator.snapshot import RunSnapshot
 from corpus.builder import build_corpus
 from corpus.catalogue import CorpusSummary, SampledDocument, sample, summary
+from corpus.manifest import CorpusManifest
 from corpus.splits import SPLITS
 from model.store import BlobStore
 
@@ -19,7 +20,7 @@ def look(where: Path, *, samples: int, domain: str | None) -> tuple[CorpusSummar
     """Sizes and some documents; raises InvalidConfig, RunUnusable, BadCorpus."""
     if where.is_dir():
         snapshot = RunSnapshot.open(where)
-        return _look(snapshot.manifest, snapshot.store, samples, domain)
+        return _look(_manifest(snapshot), snapshot.store, samples, domain)
     config = load_config(where)
     with tempfile.TemporaryDirectory(prefix="dipaco-corpus-") as scratch:
         store = BlobStore(Path(scratch))
@@ -27,8 +28,13 @@ def look(where: Path, *, samples: int, domain: str | None) -> tuple[CorpusSummar
         return _look(manifest, store, samples, domain)
 
 
+def _manifest(snapshot: RunSnapshot) -> CorpusManifest:
+    digest, _ = snapshot.corpus["manifest"]
+    return CorpusManifest.from_bytes(snapshot.store.path(digest).read_bytes())
+
+
 def _look(
-    manifest: Any, store: BlobStore, samples: int, domain: str | None
+    manifest: CorpusManifest, store: BlobStore, samples: int, domain: str | None
 ) -> tuple[CorpusSummary, list[SampledDocument]]:
     if not samples:
         return summary(manifest), []

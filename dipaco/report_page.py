@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import base64
 import html
+from collections.abc import Sequence
 from typing import Any
 
 from dipaco.progress import duration
-from dipaco.table import rows
+from dipaco.table import cell, rows
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
 table { border-collapse: collapse; margin: 1rem 0; } td, th { padding: .25rem .8rem; border-bottom: 1px solid #ddd; }
-td + td, th + th { text-align: right; } th { text-align: left; } img { max-width: 100%; } code { word-break: break-all; }
+td + td, th + th { text-align: right; } th { text-align: left; }
+img { max-width: 100%; } code, td { word-break: break-word; }
 """
 
 
@@ -22,7 +24,9 @@ def page(report: dict[str, Any], curves_png: bytes | None) -> str:
     parts = [head, f"<style>{_STYLE}</style>", f"<h1>{_text(report['run'])}</h1>"]
     if report["perplexity"]:
         parts += ["<h2>Held-out perplexity</h2>", _perplexities(report)]
-        parts.append(f"<p>{report['tokens']['evaluated']:,} tokens; the first tokens of each sequence do not count.</p>")
+        parts.append(
+            f"<p>{report['tokens']['evaluated']:,} tokens; the first tokens of each sequence do not count.</p>"
+        )
     parts.append("<h2>Training loss by path</h2>")
     if curves_png is None:
         parts.append("<p>Loss curves need matplotlib: <code>pip install 'dipaco[report]'</code>.</p>")
@@ -30,33 +34,35 @@ def page(report: dict[str, Any], curves_png: bytes | None) -> str:
         encoded = base64.b64encode(curves_png).decode()
         parts.append(f"<img alt='loss curves' src='data:image/png;base64,{encoded}'>")
     if report["path_load"]:
-        loads = [(path, f"{share:.1%}") for path, share in report["path_load"].items()]
-        parts += ["<h2>Share of held-out sequences by path</h2>", _table(("path", "share"), loads)]
+        routes = list(report["path_load"])
+        loads = [
+            (path, *(f"{report['path_load'][route][path]:.1%}" for route in routes))
+            for path in report["path_load"][routes[0]]
+        ]
+        parts += ["<h2>Share of the held-out tokens by path and route</h2>", _table(("path", *routes), loads)]
     parts += ["<h2>Cost</h2>", _table(("", ""), _costs(report))]
     parts += ["<h2>Identity</h2>", _table(("", ""), _identity(report)), "</html>"]
     return "\n".join(parts) + "\n"
 
 
 def _perplexities(report: dict[str, Any]) -> str:
-    domains = list(report["per_domain"])
-    by_domain = {domain: {row[0]: row[1] for row in rows(report["per_domain"][domain])} for domain in domains}
-    lines = [
-        (
-            name,
-            f"{value:.2f}",
-            "" if share is None else f"{share:.3f}",
-            "" if bits is None else f"{bits:.3f}",
-            *(f"{by_domain[domain][name]:.2f}" if name in by_domain[domain] else "" for domain in domains),
-        )
-        for name, value, share, bits in rows(report)
+    measured = rows(report)
+    overall = [(name, cell(ppl, ".3f"), cell(share, ".3f"), cell(bits, ".4f")) for name, ppl, share, bits in measured]
+    by_domain = [
+        (domain, *(cell(value, ".2f") for _, value, _, _ in rows({"perplexity": perplexity})))
+        for domain, perplexity in report["per_domain"].items()
     ]
-    return _table(("model and route", "perplexity", "of dense", "bits per byte", *domains), lines)
+    names = [name for name, *_ in measured]
+    head = _table(("model and route", "perplexity", "of dense", "bits per byte"), overall)
+    return head + "<h3>By domain</h3>" + _table(("domain", *names), by_domain)
 
 
 def _costs(report: dict[str, Any]) -> list[tuple[str, str]]:
     lines = [("wall time", duration(report["wall_s"])), ("tokens trained on", f"{report['tokens']['trained']:,}")]
     lines += [(f"stage {name}", duration(seconds)) for name, seconds in report["stages"].items()]
-    lines += [(f"wire: {name.replace('_', ' ')}", f"{count / 1e6:,.1f} MB") for name, count in report["wire_bytes"].items()]
+    lines += [
+        (f"wire: {name.replace('_', ' ')}", f"{count / 1e6:,.1f} MB") for name, count in report["wire_bytes"].items()
+    ]
     return [*lines, ("peak memory of all processes", f"{report['peak_rss_mb']:,.0f} MB")]
 
 
@@ -68,7 +74,7 @@ def _identity(report: dict[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
-def _table(columns: tuple[str, ...], lines: list[tuple[str, ...]]) -> str:
+def _table(columns: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     head = "".join(f"<th>{_text(column)}</th>" for column in columns)
     body = "\n".join("<tr>" + "".join(f"<td>{_text(cell)}</td>" for cell in line) + "</tr>" for line in lines)
     return f"<table><tr>{head}</tr>\n{body}</table>"

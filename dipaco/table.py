@@ -1,4 +1,4 @@
-"""The report as a terminal shows it: a table of perplexities, what it cost, and routed examples. rich is imported late."""
+"""The report as a terminal shows it: a table of perplexities, what it cost, and routed examples."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from dipaco.progress import duration
 DIPACO = "dipaco"
 
 
-def rows(report: dict[str, Any]) -> list[tuple[str, float, float | None, float | None]]:
+def rows(report: dict[str, Any]) -> list[tuple[str, float | None, float | None, float | None]]:
     """(model and route, perplexity, share of the dense baseline's, bits per byte) of a report, dense models first."""
-    perplexity, bits = report["perplexity"], report["bits_per_byte"]
+    perplexity, bits = report["perplexity"], report.get("bits_per_byte", {})
     dense = perplexity.get("dense")
     named = [(name, value, bits.get(name)) for name, value in perplexity.items() if not isinstance(value, dict)]
     named += [
@@ -21,23 +21,29 @@ def rows(report: dict[str, Any]) -> list[tuple[str, float, float | None, float |
         if isinstance(by_route, dict)
         for route, value in by_route.items()
     ]
-    return [(name, value, value / dense if dense else None, bits_of) for name, value, bits_of in named]
+    return [(name, value, value / dense if value and dense else None, bits_of) for name, value, bits_of in named]
 
 
 def evaluation_table(found: dict[str, Any]) -> Any:
-    """Perplexities of all models and routes, overall and by domain."""
+    """Perplexities of all models and routes, overall, and by domain below."""
+    from rich.console import Group
     from rich.table import Table
 
-    domains = list(found.get("per_domain", {}))
-    table = Table(title=f"held-out perplexity, {found['tokens']['evaluated']:,} tokens", title_justify="left")
-    table.add_column("model and route")
-    for column in ("perplexity", "of dense", "bits per byte", *domains):
-        table.add_column(column, justify="right")
-    by_domain = {domain: {row[0]: row[1] for row in rows(found["per_domain"][domain])} for domain in domains}
-    for name, value, share, bits in rows(found):
-        cells = [f"{value:.2f}", _or_empty(share, ".3f"), _or_empty(bits, ".3f")]
-        table.add_row(name, *cells, *(_or_empty(by_domain[domain].get(name), ".2f") for domain in domains))
-    return table
+    measured = rows(found)
+    split = f"{found['split']}, {found['tokens']['evaluated']:,} tokens"
+    overall = Table(title=f"perplexity of held-out text ({split})", title_justify="left")
+    overall.add_column("model and route", no_wrap=True)
+    for column in ("perplexity", "of dense", "bits per byte"):
+        overall.add_column(column, justify="right")
+    for name, value, share, bits in measured:
+        overall.add_row(name, cell(value, ".3f"), cell(share, ".3f"), cell(bits, ".4f"))
+    domains = Table(title="by domain", title_justify="left")
+    domains.add_column("domain", no_wrap=True)
+    for name, *_ in measured:
+        domains.add_column(name, justify="right")
+    for domain, perplexity in found["per_domain"].items():
+        domains.add_row(domain, *(cell(value, ".2f") for _, value, _, _ in rows({"perplexity": perplexity})))
+    return Group(overall, domains)
 
 
 def report_table(report: dict[str, Any]) -> Any:
@@ -68,5 +74,6 @@ def example_text(example: Continuation) -> Any:
     )
 
 
-def _or_empty(value: float | None, form: str) -> str:
+def cell(value: float | None, form: str) -> str:
+    """A number as a table shows it; nothing where there is none."""
     return "" if value is None else format(value, form)

@@ -1,0 +1,192 @@
+"""Measures a run again from its directory: the tasks of the evaluate stage, carried out here on local files.
+
+The same functions as on workers and in the coordinator: on the same machine the numbers are those of the report.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from configs.schema import CorpusConfig, FilesSource, SplitsConfig, TokenizerConfig
+from coordinator.plan import DEFAULT_CHUNK_TOKENS, MIXTURE, blob
+from coordinator.snapshot import RunSnapshot
+from corpus.builder import build_corpus, tokenize_range
+from corpus.tokenizer import Tokenizer
+from dipaco.asking import plain
+from dipaco.ending import Refused
+from model.store import BlobStore
+from protocol.tasks import BlobRef, EvaluateSpec, FeaturizeSpec, PathRef
+from routing.evaluation import LossTable, RouteTable, measures, summarise
+from routing.records import Losses, Routes
+from worker.outcome import no_progress
+from worker.task import run_task
+
+ROUTE = re.compile(r"sequence|every:[1-9]\d*|oracle:sequence|oracle:every:[1-9]\d*|path:[\d.]+")
+DIPACO = "dipaco"
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """Token files to measure on, and how many of the sequences of each."""
+
+    files: tuple[BlobRef, ...]
+    store: BlobStore
+    max_sequences: int | None
+
+
+class Evaluation:
+    """Evaluates models of one run on one text, by routes that may ask for chunks of several sizes."""
+
+    def __init__(self, snapshot: RunSnapshot, text: Text, routes: Sequence[str], say: Callable[[str], None]) -> None:
+        self._snapshot, self._text, self._routes, self._say = snapshot, text, list(routes), say
+        self._plan, self._state = snapshot.plan, snapshot.state
+        intervals = {int(route.rpartition(":")[2]) for route in routes if "every:" in route}
+        self._intervals = sorted(intervals)
+        self._chunk_tokens = math.gcd(*intervals) or DEFAULT_CHUNK_TOKENS
+
+    def run(self) -> dict[str, Any]:
+        """The summary of routing.evaluation, with fixed paths (`path:I.J`) beside the routes."""
+        tables = {model: self._losses(model) for model in self._plan.evaluated_models()}
+        if not next(iter(tables.values())).tokens:
+            raise Refused("no document of the text has the 64 tokens that an evaluation needs; give longer documents")
+        routed = [route for route in self._routes if not route.startswith("path:")]
+        wants_router = MIXTURE in tables and any(not route.startswith("oracle") for route in routed)
+        routes = self._routed() if wants_router else None
+        summary = summarise(tables, MIXTURE, routes, routed, self._chunk_tokens)
+        for route in self._routes:
+            if route.startswith("path:"):
+                self._add_path(summary, tables[MIXTURE], route)
+        return summary
+
+    def _add_path(self, summary: dict[str, Any], table: LossTable, route: str) -> None:
+        path_index = self._snapshot.topology.path_index(route.removeprefix("path:"))
+        measured = measures(table, np.full(table.count.shape, path_index, np.int64))
+        for key in ("perplexity", "bits_per_byte"):
+            summary[key].setdefault(DIPACO, {})[route] = measured[key]
+        for domain, perplexity in measured["per_domain"].items():
+            summary["per_domain"][domain].setdefault(DIPACO, {})[route] = perplexity
+
+    def _losses(self, model: str) -> LossTable:
+        paths = []
+        for path_index in range(self._plan.topology(model).num_paths):
+            self._say(f"evaluating {model} path {self._plan.topology(model).path_id(path_index)}")
+            path = self._plan.path_ref(self._state, model, path_index)
+            paths.append([self._losses_of(path, tokens) for tokens in self._text.files])
+        return LossTable.join(paths)
+
+    def _losses_of(self, path: PathRef, tokens: BlobRef) -> Losses:
+        experiment = self._snapshot.config.experiment
+        spec = EvaluateSpec(
+            path=path,
+            tokens=tokens,
+            prefix_tokens=experiment.sharding.prefix_tokens,
+            chunk_tokens=self._chunk_tokens,
+            numerics=self._plan.numerics,
+            max_sequences=self._text.max_sequences,
+            tokenizer=blob(self._snapshot.corpus["tokenizer"]),
+        )
+        return Losses.from_bytes(self._output(spec, path, "losses"))
+
+    def _routed(self) -> RouteTable | None:
+        router = self._plan.router(self._state)
+        if router is None:
+            return None
+        self._say("routing")
+        experiment, base = self._snapshot.config.experiment, self._plan.base_path(self._state)
+        records = []
+        for tokens in self._text.files:
+            spec = FeaturizeSpec(
+                mode="route",
+                base=base,
+                tokens=tokens,
+                prefix_tokens=experiment.sharding.prefix_tokens,
+                numerics=self._plan.numerics,
+                router=router,
+                intervals=self._intervals,
+                max_sequences=self._text.max_sequences,
+            )
+            records.append(Routes.from_bytes(self._output(spec, base, "routes")))
+        return RouteTable.join(records)
+
+    def _output(self, spec: EvaluateSpec | FeaturizeSpec, path: PathRef, name: str) -> bytes:
+        """Run the task here and read its output."""
+        other = [spec.tokenizer if isinstance(spec, EvaluateSpec) else spec.router]
+        refs = [*(module.blob for module in path.modules), *(ref for ref in other if ref is not None)]
+        files = {ref.digest: self._snapshot.store.path(ref.digest) for ref in refs}
+        files[spec.tokens.digest] = self._text.store.path(spec.tokens.digest)
+        with tempfile.TemporaryDirectory(prefix="dipaco-evaluate-") as scratch:
+            outcome = run_task(spec, self._snapshot.config.experiment, files, Path(scratch), no_progress)
+            return outcome.files[name].read_bytes()
+
+
+def evaluate_run(
+    snapshot: RunSnapshot,
+    *,
+    data: Path | None = None,
+    routes: Sequence[str] | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> dict[str, Any]:
+    """Perplexities of all models, on the run's held-out split or on `data`.
+
+    Raises Refused, BadCorpus, UnknownPath, and RunUnusable where a model of the run has not begun.
+    """
+    for model in snapshot.plan.evaluated_models():
+        snapshot.modules(model)
+    evaluation = snapshot.config.experiment.evaluation
+    for route in routes or []:
+        if not ROUTE.fullmatch(route):
+            raise Refused(
+                f"route {route!r} is none of sequence, every:W, oracle:sequence, oracle:every:W, path:I.J (W tokens)"
+            )
+        if route.startswith("path:"):
+            snapshot.topology.path_index(route.removeprefix("path:"))
+    wanted = list(routes or evaluation.routes)
+    if data is None:
+        parts = [part for part in snapshot.plan.ranges(snapshot.state, evaluation.split) if part["sequences"]]
+        text = Text(tuple(blob(part["file"]) for part in parts), snapshot.store, evaluation.max_sequences)
+        return shaped(snapshot, {**Evaluation(snapshot, text, wanted, say).run(), "split": evaluation.split})
+    with tempfile.TemporaryDirectory(prefix="dipaco-data-") as scratch:
+        text = _tokenized(snapshot, data, BlobStore(Path(scratch)))
+        return shaped(snapshot, {**Evaluation(snapshot, text, wanted, say).run(), "split": str(data)})
+
+
+def shaped(snapshot: RunSnapshot, summary: dict[str, Any]) -> dict[str, Any]:
+    """An evaluation as reports have it: loads by path id, token counts under one key."""
+    topology = snapshot.topology
+    loads = {
+        route: {topology.path_id(path_index): share for path_index, share in enumerate(shares)}
+        for route, shares in summary["path_load"].items()
+    }
+    return plain({**summary, "path_load": loads, "tokens": {"evaluated": summary["tokens"]}})
+
+
+def _tokenized(snapshot: RunSnapshot, data: Path, store: BlobStore) -> Text:
+    """The documents of a file as token files, cut as the run's own."""
+    nothing_held_out = SplitsConfig(router=0, stop=0, validation=0, test=0)
+    config = CorpusConfig(
+        source=FilesSource(kind="files", paths=[str(data)]),
+        splits=nothing_held_out,
+        min_document_characters=1,
+        deduplicate=False,
+    )
+    tokenizer_path = snapshot.tokenizer_path
+    manifest = build_corpus(
+        config, TokenizerConfig(kind="file", path=str(tokenizer_path)), store, lambda what, done, expected: None
+    )
+    tokenizer = Tokenizer.from_file(tokenizer_path)
+    files = []
+    for part in manifest.ranges:
+        out = store.scratch() / "tokens"
+        length = snapshot.config.experiment.model.sequence_length
+        tokenize_range(store.path(part.digest), tokenizer, length, part.index, out)
+        digest, size = store.put_file(out)
+        files.append(BlobRef(digest=digest, size=size))
+    return Text(tuple(files), store, None)

@@ -1,0 +1,80 @@
+"""report.json and report.html of a run: what was measured, what it cost, and what identifies it.
+
+Keys: `run`; `perplexity` and `bits_per_byte` {dense, other baselines, dipaco: {sequence, every:W, oracle:sequence,
+oracle:every:W}} on the held-out `split`, the prefix of every sequence left out; `per_domain` {domain: the shape of
+perplexity}; `path_load` {route: {path: share of tokens}}; `oracle_agreement`; `tokens` {trained, evaluated};
+`wire_bytes` {modules, outer_gradients, inner_state, other}; `stages` {name: seconds} (they may overlap); `wall_s`,
+`peak_rss_mb` (all processes of `dipaco run` together, proportional) and `workers`; `digest` of all weights;
+`config_digest`; `hardware`. What a run has not measured is an empty mapping, a number that is none is null.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from configs.load import experiment_digest
+from coordinator.snapshot import RunSnapshot
+from dipaco.asking import plain
+from dipaco.curves import MissingExtra, draw, loss_curves
+from dipaco.evaluation import shaped
+from dipaco.report_page import page
+from dipaco.run_digest import run_digest
+from dipaco.usage import hardware, read_usage
+
+
+def build_report(snapshot: RunSnapshot) -> dict[str, Any]:
+    """The report of a run as its directory has it."""
+    status, usage = snapshot.status(), read_usage(snapshot.run_dir)
+    measured = shaped(snapshot, snapshot.evaluation) if snapshot.evaluation else _nothing_measured()
+    corpus = snapshot.corpus
+    return plain(
+        {
+            "run": snapshot.config.name,
+            **measured,
+            "tokens": {"trained": status["tokens"], **measured["tokens"]},
+            "wire_bytes": status["bytes"],
+            "stages": {stage["name"]: round(stage["seconds"], 1) for stage in status["stages"]},
+            "wall_s": round(usage.wall_s, 1),
+            "peak_rss_mb": round(usage.peak_bytes / 1e6, 1),
+            "workers": usage.workers,
+            "digest": run_digest(snapshot, everything=False),
+            "config_digest": experiment_digest(
+                snapshot.config, {"corpus": corpus["digest"], "tokenizer": corpus["tokenizer"][0]}
+            ),
+            "hardware": hardware(),
+        }
+    )
+
+
+def _nothing_measured() -> dict[str, Any]:
+    return {
+        "split": "",
+        "perplexity": {},
+        "bits_per_byte": {},
+        "per_domain": {},
+        "path_load": {},
+        "tokens": {"evaluated": 0},
+    }
+
+
+def write_report(snapshot: RunSnapshot) -> tuple[dict[str, Any], list[str]]:
+    """Write both files into the run directory; returns the report and what the person should know about them."""
+    report, remarks = build_report(snapshot), []
+    curves_png = None
+    try:
+        curves_png = draw(loss_curves(snapshot.metrics))
+    except MissingExtra as error:
+        remarks.append(f"report.html is without curves: {error}")
+    _write(snapshot.run_dir / "report.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+    _write(snapshot.run_dir / "report.html", page(report, curves_png))
+    remarks.append(f"report: {snapshot.run_dir / 'report.html'} and {snapshot.run_dir / 'report.json'}")
+    return report, remarks
+
+
+def _write(path: Path, text: str) -> None:
+    aside = path.with_name(path.name + ".new")
+    aside.write_text(text, encoding="utf-8")
+    os.replace(aside, path)
