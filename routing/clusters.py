@@ -107,13 +107,11 @@ class Clusters:
             if record["kind"] != "clusters":
                 raise MalformedRecord(f"a router of kind {record['kind']!r}; this version reads 'clusters'")
             mean = np.frombuffer(record["mean"], "<f8")
-            groups = []
-            for entry in record["groups"]:
-                dimensions = np.frombuffer(entry["dimensions"], "<i8")
-                centres = np.frombuffer(entry["centres"], "<f8").reshape(-1, len(dimensions))
-                groups.append(Group(dimensions, centres))
             matrix = np.frombuffer(record["matrix"], "<f8").reshape(len(mean), -1)
-            return cls(mean, matrix, tuple(groups), int(record["replicas"]), int(record["prefix_tokens"]))
+            groups = tuple(_group(entry, matrix.shape[1]) for entry in record["groups"])
+            if not groups or not matrix.size:
+                raise MalformedRecord("a router without centres or features")
+            return cls(mean, matrix, groups, int(record["replicas"]), int(record["prefix_tokens"]))
         except MalformedRecord:
             raise
         except (ValueError, TypeError, KeyError, msgpack.UnpackException) as error:
@@ -123,6 +121,15 @@ class Clusters:
     def version(self) -> str:
         """SHA-256 of the frozen form."""
         return hashlib.sha256(self.to_bytes()).hexdigest()
+
+
+def _group(entry: Any, size: int) -> Group:
+    """A group of a frozen form whose transform has `size` dimensions."""
+    dimensions = np.frombuffer(entry["dimensions"], "<i8")
+    centres = np.frombuffer(entry["centres"], "<f8").reshape(-1, len(dimensions))
+    if not centres.size or dimensions.min() < 0 or dimensions.max() >= size:
+        raise MalformedRecord(f"a router has centres of dimensions {dimensions.tolist()} out of {size}")
+    return Group(dimensions, centres)
 
 
 def squared_distances(rows: Float64[np.ndarray, "N G"], centres: Float64[np.ndarray, "K G"]) -> npt.NDArray[np.float64]:

@@ -33,6 +33,16 @@ def fit(
     ids: UInt64[np.ndarray, " N"], z: npt.NDArray[Any], config: ShardingConfig, topology: Topology, seed: int
 ) -> Clusters:
     """A router for `topology` from a sample of features (N, D); raises CannotFit."""
+    import sklearn.cluster  # noqa: F401  the limit reaches only thread pools that are loaded
+    from threadpoolctl import threadpool_limits
+
+    with threadpool_limits(limits=1):
+        return _fit(ids, z, config, topology, seed)
+
+
+def _fit(
+    ids: UInt64[np.ndarray, " N"], z: npt.NDArray[Any], config: ShardingConfig, topology: Topology, seed: int
+) -> Clusters:
     rows = np.asarray(z, np.float64)[np.argsort(ids, kind="stable")]
     if not np.isfinite(rows).all():
         raise CannotFit("features hold values that are not finite; the base has diverged: lower inner.learning_rate")
@@ -95,11 +105,9 @@ def _centres(
 ) -> Float64[np.ndarray, "K G"]:
     """k-means centres; with a capacity, rounds of capped assignment and mean until they stand still."""
     from sklearn.cluster import KMeans, MiniBatchKMeans
-    from threadpoolctl import threadpool_limits
 
     kind = MiniBatchKMeans if len(rows) > MINIBATCH_ABOVE else KMeans
-    with threadpool_limits(limits=1):
-        fitted = kind(clusters, n_init=RESTARTS, random_state=seed % 2**32).fit(rows)
+    fitted = kind(clusters, n_init=RESTARTS, random_state=seed % 2**32).fit(rows)
     centres: npt.NDArray[np.float64] = fitted.cluster_centers_
     if capacity is None:
         return centres
@@ -142,12 +150,14 @@ def capped_choices(
 def _fill_empty(
     labels: npt.NDArray[np.int64], choices: npt.NDArray[Any], distances: npt.NDArray[Any], clusters: int
 ) -> None:
-    """Give every empty cluster the row that ranks it best, from a cluster that keeps others."""
+    """Give every empty cluster the row that ranks it best (else the first), from a cluster that keeps others."""
     sizes = np.bincount(labels, minlength=clusters)
     for cluster in np.flatnonzero(sizes == 0):
-        cost = np.where(choices == cluster, distances, np.inf).min(axis=1)
-        cost[sizes[labels] < 2] = np.inf
-        row = int(cost.argmin())
+        spare = np.flatnonzero(sizes[labels] > 1)
+        if not spare.size:
+            return
+        cost = np.where(choices[spare] == cluster, distances[spare], np.inf).min(axis=1)
+        row = int(spare[cost.argmin()])
         sizes[labels[row]] -= 1
         labels[row] = cluster
         sizes[cluster] += 1
