@@ -127,7 +127,7 @@ class TrainSpec(Message):
 class EvaluateSpec(Message):
     """Losses of the evaluated sequences of one token file under one path, by chunk of `chunk_tokens` after the prefix.
 
-    Output `losses`. `selection` (uint32 positions in the file) limits it to some sequences. `tokenizer`: where it is set,
+    Output `losses`. `selection` (uint32 positions in the file) limits it to some sequences. Where `tokenizer` is set,
     the UTF-8 bytes that the counted tokens stand for are counted too.
     """
 
@@ -183,7 +183,7 @@ def encode(message: Message) -> bytes:
 
 
 def unpack(data: bytes) -> Any:
-    """The plain value in a msgpack message; raises MalformedMessage. No container in it may be longer than the message."""
+    """The plain value in a msgpack message, in which no length may exceed the message; raises MalformedMessage."""
     try:
         return msgpack.unpackb(data, strict_map_key=True)
     except (ValueError, msgpack.UnpackException) as error:

@@ -19,16 +19,15 @@ EMBEDDING = "model.embed_tokens.weight"
 
 
 def inputs(spec: AnySpec) -> dict[str, list[BlobRef]]:
-    """The blobs that a task reads, by what they are: modules, tokens, inner_state, records."""
+    """The blobs that a task reads, by what their bytes count as: modules, inner_state, other."""
     if isinstance(spec, TrainSpec):
         state = [spec.inner_state] if spec.inner_state else []
-        return {"modules": _modules(spec.path), "tokens": list(spec.tokens), "inner_state": state}
+        return {"modules": _modules(spec.path), "inner_state": state, "other": list(spec.tokens)}
     if isinstance(spec, FeaturizeSpec):
-        return {"modules": _modules(spec.base), "tokens": [spec.tokens], "records": _present(spec.router)}
+        return {"modules": _modules(spec.base), "other": _present(spec.tokens, spec.router)}
     if isinstance(spec, EvaluateSpec):
-        records = _present(spec.selection)
-        return {"modules": _modules(spec.path), "tokens": [spec.tokens], "records": records}
-    return {"records": _present(spec.tokenizer, spec.text, spec.manifest), "tokens": list(spec.files)}
+        return {"modules": _modules(spec.path), "other": _present(spec.tokens, spec.selection, spec.tokenizer)}
+    return {"other": [*_present(spec.tokenizer, spec.text, spec.manifest), *spec.files]}
 
 
 def run_task(
@@ -58,8 +57,8 @@ def run_task(
         return run_featurize(spec, experiment, vocab_size, modules, token_file, router, out_dir, progress)
     from worker.evaluate import run_evaluate
 
-    selection = _file(files, spec.selection)
-    return run_evaluate(spec, experiment, vocab_size, modules, token_file, selection, out_dir, progress)
+    records = (_file(files, spec.selection), _file(files, spec.tokenizer))
+    return run_evaluate(spec, experiment, vocab_size, modules, token_file, *records, out_dir, progress)
 
 
 def vocab_size_of(module_paths: Mapping[str, Path]) -> int:

@@ -23,7 +23,7 @@ VOCAB_SIZE = 96
 SEQUENCE_LENGTH = 128
 
 
-def blob(path: Path) -> BlobRef:
+def blob_ref(path: Path) -> BlobRef:
     digest, size = file_digest(path)
     return BlobRef(digest=digest, size=size)
 
@@ -47,14 +47,14 @@ class TinyRun:
             spec = module_spec(self.experiment.model, self.vocab_size, topology, module_id)
             write_initial_module(file, spec, self.experiment.model, seed)
             self.modules[module_id] = file
-            refs.append(ModuleRef(module_id=module_id, version=0, blob=blob(file)))
+            refs.append(ModuleRef(module_id=module_id, version=0, blob=blob_ref(file)))
         return PathRef(model=model, path_index=path_index, modules=refs)
 
     def train_spec(self, path: PathRef, **changes: Any) -> TrainSpec:
         values: dict[str, Any] = {
             "path": path,
             "shard": 0,
-            "tokens": [blob(self.tokens)],
+            "tokens": [blob_ref(self.tokens)],
             "inner_state": None,
             "adam_step": 0,
             "phase": 0,
@@ -70,7 +70,7 @@ class TinyRun:
 
 
 def tiny_experiment(**changes: Any) -> Experiment:
-    """Two levels of two modules; three blocks; quick to train."""
+    """Two levels of two modules, a block each; quick to train."""
     document: dict[str, Any] = {
         "model": {
             "blocks": 2,
@@ -99,7 +99,7 @@ def tiny_experiment(**changes: Any) -> Experiment:
     return Experiment.model_validate(document)
 
 
-def write_tokens(path: Path, lengths: list[int], seed: int = 0) -> None:
+def write_token_lengths(path: Path, lengths: list[int], seed: int = 0) -> None:
     """A token file of random sequences, BOS first."""
     generator = np.random.default_rng(seed)
     count = len(lengths)
@@ -115,6 +115,19 @@ def write_tokens(path: Path, lengths: list[int], seed: int = 0) -> None:
 
 
 MakeRun = Callable[..., TinyRun]
+BlobOf = Callable[[Path], BlobRef]
+
+
+@pytest.fixture
+def blob() -> BlobOf:
+    """The reference of a file."""
+    return blob_ref
+
+
+@pytest.fixture
+def write_tokens() -> Callable[..., None]:
+    """Writes a token file of random sequences of these lengths."""
+    return write_token_lengths
 
 
 @pytest.fixture
@@ -123,8 +136,8 @@ def make_run(tmp_path: Path) -> MakeRun:
 
     def make(**changes: Any) -> TinyRun:
         tokens = tmp_path / "tokens"
-        lengths = np.random.default_rng(3).integers(20, SEQUENCE_LENGTH + 1, 40).tolist()
-        write_tokens(tokens, lengths)
+        lengths = [SEQUENCE_LENGTH, 64, 63, *np.random.default_rng(3).integers(20, SEQUENCE_LENGTH + 1, 40).tolist()]
+        write_token_lengths(tokens, lengths)
         return TinyRun(tmp_path, tiny_experiment(**changes), tokens)
 
     return make

@@ -1,4 +1,4 @@
-"""EVALUATE: the grid of losses against single sequences, batches that follow from the file alone, bytes and selections."""
+"""EVALUATE: the grid of losses against single sequences, batches that follow from the file alone, bytes, selections."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def run(make_run: MakeRun) -> TinyRun:
 def spec_of(run: TinyRun, blob: BlobOf, **changes: Any) -> EvaluateSpec:
     path = run.add_modules("mixture", path_index=3)
     values = {"path": path, "tokens": blob(run.tokens), "prefix_tokens": 32, "chunk_tokens": 16}
-    return EvaluateSpec(**(values | {"numerics": Numerics(device="cpu")} | changes))
+    return EvaluateSpec.model_validate(values | {"numerics": Numerics(device="cpu")} | changes)
 
 
 def evaluate(run: TinyRun, spec: EvaluateSpec, **more: Any) -> Losses:
@@ -66,9 +66,7 @@ def test_chunks_hold_the_losses_of_each_sequence_by_itself(run: TinyRun, blob: B
 
 def test_repeats_bit_for_bit(run: TinyRun, blob: BlobOf) -> None:
     spec = spec_of(run, blob)
-    np.testing.assert_array_equal(
-        evaluate(run, spec).loss, evaluate(run, spec).loss
-    )
+    np.testing.assert_array_equal(evaluate(run, spec).loss, evaluate(run, spec).loss)
 
 
 def test_first_sequences_and_selections(run: TinyRun, blob: BlobOf) -> None:
