@@ -36,7 +36,8 @@ class LossTable:
         names = tuple(sorted({name for record in paths[0] for name in record.domain_names}))
         for path in paths[1:]:
             for record, first in zip(path, paths[0], strict=True):
-                if not np.array_equal(record.count, first.count):
+                same = np.array_equal(record.positions, first.positions) and np.array_equal(record.count, first.count)
+                if not same:
                     raise MalformedRecord("two paths were evaluated on different sequences")
         return cls(
             np.stack([np.concatenate([record.loss for record in path]) for path in paths], axis=2),

@@ -13,12 +13,15 @@ from configs.schema import ShardingConfig
 from routing.kmeans import capped_choices
 from routing.records import Assignments, ShardManifest
 
+# The sorted sequence ids of every shard; their sizes differ, so no axis has a name.
+Shards = list[npt.NDArray[np.uint64]]
+
 
 class UnusableShards(ValueError):
     """A division that leaves a shard without a batch of its own; the message names the knobs."""
 
 
-def random_shards(ids: UInt64[np.ndarray, " N"], num_shards: int, seed: int) -> list[UInt64[np.ndarray, " n"]]:
+def random_shards(ids: UInt64[np.ndarray, " N"], num_shards: int, seed: int) -> Shards:
     """Equal parts of a seeded permutation of the sorted ids."""
     generator = np.random.Generator(np.random.Philox(key=seed))
     shuffled = np.sort(ids)[generator.permutation(len(ids))]
@@ -36,7 +39,7 @@ def merge(parts: list[Assignments]) -> Assignments:
     )
 
 
-def divide(assignments: Assignments, num_shards: int, config: ShardingConfig) -> list[UInt64[np.ndarray, " n"]]:
+def divide(assignments: Assignments, num_shards: int, config: ShardingConfig) -> Shards:
     """The sorted ids of every shard: each sequence in its `overlap` best, the first of them under the capacity."""
     choices = assignments.shards.astype(np.int64)
     if config.capacity is None:
@@ -59,7 +62,7 @@ def _next_choice(choices: Int64[np.ndarray, "N S"], taken: Int64[np.ndarray, "N 
 
 
 def check_sizes(
-    shards: list[UInt64[np.ndarray, " n"]],
+    shards: Shards,
     ids: UInt64[np.ndarray, " N"],
     lengths: UInt32[np.ndarray, " N"],
     batch_tokens: int,
@@ -71,11 +74,12 @@ def check_sizes(
         named = ", ".join(f"{shard} ({len(shards[shard])} sequences, {tokens[shard]} tokens)" for shard in small[:5])
         raise UnusableShards(
             f"{len(small)} of {len(shards)} shards are below one batch of {batch_tokens} tokens: {named}; set "
-            "sharding.capacity (1.25, say), use fewer paths, lower inner.batch_rows, or give more documents"
+            "sharding.capacity (1.25, say) or another sharding.kind, use fewer paths, lower inner.batch_rows, "
+            "or give more documents"
         )
     return tokens
 
 
-def manifests(shards: list[UInt64[np.ndarray, " n"]], router: str, overlap: int) -> list[ShardManifest]:
+def manifests(shards: Shards, router: str, overlap: int) -> list[ShardManifest]:
     """The identities of the shards under one router version."""
     return [ShardManifest(shard, router, ids, overlap) for shard, ids in enumerate(shards)]

@@ -1,1 +1,114 @@
-"""Being written (12:32) by a second engineer with the same brief: take sharding; evaluation, router, features, arrangement are taken."""
+"""Features depend on the prefix and on nothing else; routes in serving are those of the features."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from configs.schema import ModelConfig
+from model.transformer import PathModel
+from routing.clusters import Clusters, Group
+from routing.features import features_of, first_prefix, prefix_before, prefix_features
+from routing.router import FeatureRouter, OnePath, RouteState
+
+PREFIX = 8
+CONFIG = ModelConfig(blocks=2, hidden_size=16, heads=2, intermediate_size=24, sequence_length=64)
+
+
+@pytest.fixture(scope="module")
+def base() -> PathModel:
+    generator = torch.Generator().manual_seed(0)
+    model = PathModel(CONFIG, 40).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0.0, 0.3, generator=generator)
+    return model
+
+
+@pytest.fixture(scope="module")
+def clusters() -> Clusters:
+    centres = np.random.default_rng(2).normal(size=(3, 16))
+    return Clusters(np.zeros(16), np.eye(16), (Group(np.arange(16), centres),), 1, PREFIX)
+
+
+def sequences(count: int = 20, shortest: int = 1) -> list[np.ndarray]:
+    """Token sequences, BOS (0) first, of many lengths."""
+    generator = np.random.default_rng(4)
+    lengths = generator.integers(shortest, 40, count)
+    return [np.concatenate([[0], generator.integers(2, 40, length - 1)]).astype(np.uint16) for length in lengths]
+
+
+@torch.no_grad()
+def test_features_are_the_mean_of_the_last_block_without_bos(base: PathModel) -> None:
+    tokens = torch.tensor([[0, 5, 7, 9], [0, 3, 3, 3]])
+    states = base.block_states(tokens)
+    assert torch.allclose(prefix_features(base, tokens), (states[:, 1] + states[:, 2] + states[:, 3]) / 3, atol=1e-6)
+
+
+def test_features_do_not_depend_on_what_follows_or_stands_beside(base: PathModel) -> None:
+    texts = sequences()
+    together = features_of(base, [first_prefix(text, PREFIX) for text in texts])
+    for text, z in zip(texts, together, strict=True):
+        other = np.concatenate([text[: PREFIX + 1], np.array([1, 2, 3], np.uint16)])
+        if len(text) > PREFIX:
+            assert features_of(base, [first_prefix(other, PREFIX)])[0] == pytest.approx(z, abs=1e-5)
+        else:
+            assert features_of(base, [text])[0] == pytest.approx(z, abs=1e-5)
+
+
+def test_the_tokens_of_the_prefix_change_the_features(base: PathModel) -> None:
+    text = sequences(1, 30)[0]
+    changed = text.copy()
+    changed[PREFIX] = (text[PREFIX] + 1) % 40
+    z = features_of(base, [first_prefix(text, PREFIX), first_prefix(changed, PREFIX)])
+    assert not np.allclose(z[0], z[1], atol=1e-4)
+
+
+def test_bos_alone_has_features(base: PathModel) -> None:
+    assert np.isfinite(features_of(base, [np.array([0])])).all()
+
+
+def test_no_prefixes_have_no_features(base: PathModel) -> None:
+    assert features_of(base, []).shape == (0, 16)
+
+
+@pytest.mark.parametrize(
+    ("position", "expected"), [(1, [0]), (3, [0, 11, 12]), (9, [0, *range(11, 19)]), (12, [0, *range(14, 22)])]
+)
+def test_the_prefix_before_a_chunk_is_bos_and_the_last_tokens(position: int, expected: list[int]) -> None:
+    tokens = np.array([0, *range(11, 30)])
+    assert prefix_before(tokens, position, PREFIX).tolist() == expected
+
+
+def test_the_first_chunk_sees_the_first_prefix() -> None:
+    tokens = np.array([0, *range(11, 30)])
+    assert np.array_equal(prefix_before(tokens, PREFIX + 1, PREFIX), first_prefix(tokens, PREFIX))
+
+
+def test_a_text_is_routed_first_on_its_prefix_then_on_its_last_tokens(base: PathModel, clusters: Clusters) -> None:
+    router = FeatureRouter(base, clusters)
+    text = sequences(1, 30)[0]
+    first, state = router.route(text)
+    assert first == pytest.approx(clusters.posterior(features_of(base, [first_prefix(text, PREFIX)]))[0])
+    assert state == RouteState(len(text) - 1)
+    later, _ = router.route(text, state)
+    assert later == pytest.approx(clusters.posterior(features_of(base, [prefix_before(text, len(text), PREFIX)]))[0])
+    assert (router.num_paths, router.version) == (3, clusters.version)
+
+
+def test_a_text_shorter_than_the_prefix_is_routed_on_it_again_once_it_is_long_enough(
+    base: PathModel, clusters: Clusters
+) -> None:
+    router = FeatureRouter(base, clusters)
+    text = sequences(1, 30)[0]
+    short, state = router.route(text[:4])
+    assert short == pytest.approx(clusters.posterior(features_of(base, [text[:4]]))[0])
+    again, _ = router.route(text, state)
+    assert again == pytest.approx(router.route(text)[0])
+
+
+def test_one_path_is_certain() -> None:
+    posterior, state = OnePath().route(np.array([0, 4, 5]))
+    assert posterior.tolist() == [1.0]
+    assert state == RouteState(2)
