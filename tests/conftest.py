@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -37,7 +39,7 @@ KINDS = {
 }
 
 
-def write_documents(path: Path, per_kind: int = 60, words: int = 110) -> None:
+def _write_documents(path: Path, per_kind: int = 60, words: int = 110) -> None:
     """Documents of four kinds with words of their own, the same ones every time."""
     source = random.Random(0)
     with path.open("w", encoding="utf-8") as lines:
@@ -47,11 +49,25 @@ def write_documents(path: Path, per_kind: int = 60, words: int = 110) -> None:
             lines.write(json.dumps({"text": text, "domain": kind}) + "\n")
 
 
+@pytest.fixture(scope="session")
+def write_documents() -> Callable[..., None]:
+    """Writes documents to a .jsonl file: `write_documents(path, per_kind=60, words=110)`."""
+    return _write_documents
+
+
+@pytest.fixture(scope="session")
+def prepare_tiny() -> Callable[[Path], Path]:
+    """Puts a copy of configs/tests/tiny.yaml and the documents it reads into a folder; returns the copy."""
+
+    def prepare(folder: Path) -> Path:
+        _write_documents(folder / "documents.jsonl")
+        return Path(shutil.copy(REPOSITORY / "configs" / "tests" / "tiny.yaml", folder / "tiny.yaml"))
+
+    return prepare
+
+
 @pytest.fixture
-def tiny_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def tiny_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prepare_tiny: Callable[[Path], Path]) -> Path:
     """A copy of configs/tests/tiny.yaml in the working directory, with the documents that it reads."""
     monkeypatch.chdir(tmp_path)
-    write_documents(tmp_path / "documents.jsonl")
-    copy = tmp_path / "tiny.yaml"
-    copy.write_text((REPOSITORY / "configs" / "tests" / "tiny.yaml").read_text(encoding="utf-8"), encoding="utf-8")
-    return copy
+    return prepare_tiny(tmp_path)

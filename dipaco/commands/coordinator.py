@@ -23,7 +23,7 @@ def coordinator(
     (`dipaco certs`). Exit code 0: finished; 1: refused or failed; 3: stopped before the end.
     """
     from configs.load import load_config
-    from coordinator.coordinator import serve
+    from coordinator.serving import serve
     from coordinator.snapshot import RunSnapshot
     from dipaco.ending import UNFINISHED, say_wrong
     from dipaco.parent import stop_without

@@ -1,0 +1,218 @@
+"""The commands as a person types them, on one finished run of configs/tests/tiny.yaml by two worker processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+Ran = tuple[Path, subprocess.CompletedProcess[str]]
+Prepare = Callable[[Path], Path]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY), "COLUMNS": "120"}
+
+
+def dipaco(*arguments: str, cwd: Path, timeout: float = 240) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-W", "error::RuntimeWarning", "-m", "dipaco", *arguments]
+    return subprocess.run(
+        command, cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True, timeout=timeout, check=False
+    )
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory: pytest.TempPathFactory, prepare_tiny: Prepare) -> Ran:
+    """The folder of a finished run, and what the command printed."""
+    folder = tmp_path_factory.mktemp("ran")
+    prepare_tiny(folder)
+    return folder, dipaco("run", "tiny.yaml", "--workers", "2", cwd=folder)
+
+
+@pytest.fixture(scope="module")
+def folder(ran: Ran) -> Path:
+    folder, done = ran
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.fixture(scope="module")
+def report(folder: Path) -> dict[str, Any]:
+    report: dict[str, Any] = json.loads((folder / "runs" / "tiny" / "report.json").read_text(encoding="utf-8"))
+    return report
+
+
+def answer(*arguments: str, cwd: Path) -> Any:
+    """What a command prints with --json."""
+    done = dipaco(*arguments, "--json", cwd=cwd)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_a_run_prints_progress_a_table_and_routed_text(ran: Ran) -> None:
+    _, done = ran
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    for part in ("phase 0/2", "dipaco sequence", "dense-nesterov", "peak memory of all processes", "report.html"):
+        assert part in done.stdout, part
+    assert re.search(r"^path [01]\.[01]$", done.stdout, re.MULTILINE)
+
+
+def test_the_report_has_its_documented_keys(report: dict[str, Any]) -> None:
+    routes = {"sequence", "every:16", "oracle:sequence", "oracle:every:16"}
+    for key in ("perplexity", "bits_per_byte"):
+        assert set(report[key]) == {"dense", "dense-nesterov", "dipaco"}
+        assert set(report[key]["dipaco"]) == routes
+    assert set(report["per_domain"]) == {"recipe", "code", "law", "numbers"}
+    assert set(report["wire_bytes"]) == {"modules", "outer_gradients", "inner_state", "other"}
+    assert all(count > 0 for count in report["wire_bytes"].values())
+    assert set(report["path_load"]["sequence"]) == {"0.0", "0.1", "1.0", "1.1"}
+    assert sum(report["path_load"]["sequence"].values()) == pytest.approx(1.0)
+    assert report["tokens"]["trained"] > report["tokens"]["evaluated"] > 0
+    assert report["wall_s"] > 0
+    assert 100 < report["peak_rss_mb"] < 3000
+    assert report["workers"] == 2
+    for key in ("digest", "config_digest"):
+        assert re.fullmatch(r"[0-9a-f]{64}", report[key])
+    assert report["perplexity"]["dipaco"]["oracle:sequence"] <= report["perplexity"]["dipaco"]["sequence"]
+
+
+def test_the_page_is_one_file_that_links_to_nothing(folder: Path) -> None:
+    text = (folder / "runs" / "tiny" / "report.html").read_text(encoding="utf-8")
+    assert "data:image/png;base64," in text
+    assert "dipaco oracle:sequence" in text
+    assert not re.search(r"(src|href)='(?!data:)", text)
+
+
+def test_evaluate_reproduces_the_report(folder: Path, report: dict[str, Any]) -> None:
+    found = answer("evaluate", "runs/tiny", cwd=folder)
+    for key in ("perplexity", "bits_per_byte", "per_domain", "path_load"):
+        assert found[key] == report[key], key
+
+
+def test_evaluate_measures_other_text_by_a_fixed_path(folder: Path, write_documents: Callable[..., None]) -> None:
+    write_documents(folder / "few.jsonl", per_kind=2)
+    found = answer(
+        "evaluate", "runs/tiny", "--data", "few.jsonl", "--route", "path:1.0", "--route", "sequence", cwd=folder
+    )
+    assert set(found["perplexity"]["dipaco"]) == {"path:1.0", "sequence"}
+    assert found["split"] == "few.jsonl"
+
+
+def test_run_again_on_a_finished_run_only_reports(folder: Path, report: dict[str, Any]) -> None:
+    again = answer("run", "tiny.yaml", "--workers", "2", cwd=folder)
+    assert again == report
+
+
+def test_digests_differ_by_what_they_cover(folder: Path, report: dict[str, Any]) -> None:
+    weights, everything = answer("digest", "runs/tiny", cwd=folder), answer("digest", "runs/tiny", "--all", cwd=folder)
+    assert weights["digest"] == report["digest"] != everything["digest"]
+
+
+def test_status_of_a_directory(folder: Path) -> None:
+    status = answer("status", "runs/tiny", cwd=folder)
+    assert status["finished"]
+    assert status["phase"] == status["num_phases"] == 2
+
+
+def test_corpus_of_a_run_and_of_its_configuration(folder: Path) -> None:
+    of_run, of_config = answer("corpus", "runs/tiny", cwd=folder), answer("corpus", "tiny.yaml", cwd=folder)
+    assert of_run["total"] == of_config["total"]
+    assert of_run["total"]["documents"] == 240
+    assert {sample["domain"] for sample in of_run["samples"]} <= {"recipe", "code", "law", "numbers"}
+
+
+def test_generate_shows_the_path_and_repeats_with_the_seed(folder: Path) -> None:
+    arguments = ("generate", "runs/tiny", "--prompt", "stir the onions", "--tokens", "12", "--seed", "7")
+    first = answer(*arguments, cwd=folder)
+    assert first == answer(*arguments, cwd=folder)
+    assert first[0]["prompt"] == "stir the onions"
+    assert first[0]["paths"][0] in {"0.0", "0.1", "1.0", "1.1"}
+    fixed = answer(*arguments, "--path", "1.1", cwd=folder)
+    assert list(fixed[0]["paths"]) == ["1.1"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["run", "nowhere.yaml"], "there is no configuration file nowhere.yaml"),
+        (["run", "wrong.yaml"], "wrong.yaml: unknown key experiment.modle (value {}); did you mean 'model'?"),
+        (["run", "other.yaml", "--run-dir", "runs/tiny"], "runs/tiny holds a run with another experiment.seed"),
+        (["evaluate", "nowhere"], "there is no run directory nowhere"),
+        (["evaluate", "runs/tiny", "--route", "best"], "route 'best' is none of sequence, every:W"),
+        (["evaluate", "runs/tiny", "--route", "path:9.9"], "there is no path '9.9'"),
+        (["evaluate", "runs/tiny", "--data", "nowhere.txt"], "nowhere.txt"),
+        (["generate", "runs/tiny", "--path", "9.9", "--prompt", "x"], "there is no path '9.9'"),
+        (["digest", "."], ". is not a run directory"),
+        (["status", "127.0.0.1:1"], "nobody answers at 127.0.0.1:1"),
+        (["status", "nowhere"], "there is no run directory nowhere"),
+        (["certs", "runs/tiny", "--host", "no such host"], "host 'no such host' is neither a DNS name nor"),
+        (
+            ["coordinator", "tiny.yaml", "--listen", "nowhere", "--run-dir", "runs/x"],
+            "address 'nowhere' is not HOST:PORT",
+        ),
+        (
+            ["coordinator", "tiny.yaml", "--listen", "0.0.0.0:0", "--run-dir", "runs/y"],
+            "0.0.0.0:0 is reachable from other",
+        ),
+        (["worker", "127.0.0.1:1", "--join", "nowhere.json"], "join file nowhere.json cannot be read"),
+    ],
+)
+def test_a_mistake_is_one_sentence_and_a_code(folder: Path, arguments: list[str], sentence: str) -> None:
+    tiny = (folder / "tiny.yaml").read_text(encoding="utf-8")
+    (folder / "wrong.yaml").write_text(tiny.replace("  seed: 0", "  modle: {}\n  seed: 0"), encoding="utf-8")
+    (folder / "other.yaml").write_text(tiny.replace("  seed: 0", "  seed: 1"), encoding="utf-8")
+    done = dipaco(*arguments, cwd=folder, timeout=60)
+    assert done.returncode == 1
+    assert done.stderr.startswith("dipaco: ")
+    assert sentence in done.stderr
+    assert len(done.stderr.splitlines()) == 1, done.stderr
+
+
+@pytest.mark.slow
+def test_a_run_that_is_stopped_says_how_to_go_on_and_ends_the_same(
+    tmp_path: Path, prepare_tiny: Prepare, report: dict[str, Any]
+) -> None:
+    prepare_tiny(tmp_path)
+    command = [sys.executable, "-m", "dipaco", "run", "tiny.yaml", "--workers", "2"]
+    running = subprocess.Popen(
+        command, cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    state = tmp_path / "runs" / "tiny"
+    deadline = time.monotonic() + 120
+    while '"task_id":"pretrain/TRAIN/0/0"' not in _rows(state):
+        assert running.poll() is None, running.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    children = psutil.Process(running.pid).children(recursive=True)
+    running.send_signal(signal.SIGTERM)
+    _, errors = running.communicate(timeout=60)
+    assert running.returncode == 3, errors
+    assert "`dipaco run tiny.yaml --workers 2` continues where it was" in errors
+    assert not [child for child in children if child.is_running()]
+    done = dipaco("run", "tiny.yaml", "--workers", "2", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((state / "report.json").read_text(encoding="utf-8"))["digest"] == report["digest"]
+
+
+def _rows(run_dir: Path) -> str:
+    """All rows of a run's journal as text; nothing before it is there."""
+    import sqlite3
+
+    if not (run_dir / "state.db").is_file():
+        return ""
+    connection = sqlite3.connect(f"file:{run_dir / 'state.db'}?mode=ro", uri=True)
+    try:
+        return "\n".join(body for (body,) in connection.execute("SELECT body FROM rows"))
+    except sqlite3.OperationalError:
+        return ""
+    finally:
+        connection.close()
