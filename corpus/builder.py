@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -33,6 +33,7 @@ Progress = Callable[[str, int, int], None]
 """Called with (what is being done, characters done, characters expected or 0 where unknown)."""
 
 
+@runtime_checkable
 class Blobs(Protocol):
     """What a build needs of the blob store."""
 

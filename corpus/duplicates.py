@@ -9,14 +9,11 @@ Legend: S shingles of a document.
 from __future__ import annotations
 
 import zlib
-from typing import TYPE_CHECKING
 
 import numpy as np
+from jaxtyping import UInt64
 
 from corpus.documents import normalised
-
-if TYPE_CHECKING:
-    from jaxtyping import UInt64
 
 SHINGLE_WORDS = 8
 _MULTIPLIERS = np.array([pow(0x9E3779B97F4A7C15, power, 2**64) for power in range(1, SHINGLE_WORDS + 1)], np.uint64)

@@ -14,7 +14,7 @@ import json
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from configs.schema import FilesSource
 from corpus.documents import BadCorpus, Document, Keep
@@ -113,9 +113,9 @@ def _record(line: bytes, where: str) -> dict[str, Any]:
     return record
 
 
-def _opened(path: Path) -> IO[bytes]:
+def _opened(path: Path) -> io.BufferedIOBase:
     if path.suffix == ".gz":
-        return gzip.open(path)  # type: ignore[return-value]
+        return gzip.GzipFile(path)
     if path.suffix == ".zst":
         try:
             import zstandard

@@ -12,14 +12,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING
 
 import numpy as np
+from jaxtyping import Int32, Int64, UInt32
 
 from corpus.token_file import TokenFile
-
-if TYPE_CHECKING:
-    from jaxtyping import Int32, Int64, UInt32
 
 IGNORED = -100
 """The target of a token that has none: padding and the last token of a sequence."""
@@ -52,7 +49,7 @@ class Rows:
     """R rows: row r holds the sequences `members[starts[r]:starts[r + 1]]`, indices in id order, in that order."""
 
     row_tokens: int
-    starts: Int64[np.ndarray, " R+1"]
+    starts: Int64[np.ndarray, " bounds"]
     members: Int64[np.ndarray, " N"]
 
     @property

@@ -12,13 +12,11 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgpack
 import numpy as np
-
-if TYPE_CHECKING:
-    from jaxtyping import UInt, UInt16, UInt32, UInt64
+from jaxtyping import UInt, UInt16, UInt32, UInt64
 
 MAGIC = b"DPTOKEN1"
 _ALIGNMENT = 64

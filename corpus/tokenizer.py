@@ -11,14 +11,12 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import tokenizers
+from jaxtyping import Int64
 from tokenizers import decoders, models, pre_tokenizers, trainers
-
-if TYPE_CHECKING:
-    from jaxtyping import Int64
 
 BOS, EOS = "<|bos|>", "<|eos|>"
 SMALLEST_VOCABULARY = 258
