@@ -148,7 +148,7 @@ class LocalRun:
         cache = str(self.run_dir / "workers" / str(index))
         shares = ["--threads", str(self.threads), "--memory-bytes", str(self.worker_memory_bytes)]
         trust = [] if self.join is None else ["--join", str(self.join)]
-        return ["worker", self.address, "--cache", cache, "--name", f"worker-{index}", *shares, *trust]
+        return ["worker", self.address, "--cache-dir", cache, "--name", f"worker-{index}", *shares, *trust]
 
     def watch(self) -> bool:
         """Restart what a signal took away; True once the coordinator has ended well: the run is finished.

@@ -114,7 +114,7 @@ def _help_seconds() -> float:
 FLAGS = {
     "run": {"--workers", "--run-dir", "--json"},
     "coordinator": {"--run-dir", "--listen", "--insecure", "--parent"},
-    "worker": {"--join", "--cache", "--threads", "--memory-bytes", "--name", "--insecure", "--parent"},
+    "worker": {"--join", "--cache-dir", "--threads", "--memory-bytes", "--name", "--insecure", "--parent"},
     "certs": {"--host", "--address", "--json"},
     "status": {"--join", "--insecure", "--json"},
     "evaluate": {"--data", "--route", "--json"},

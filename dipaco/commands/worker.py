@@ -13,7 +13,7 @@ from dipaco.commands.options import Insecure, Parent
 def worker(
     address: Annotated[str, typer.Argument(metavar="ADDR", help="HOST:PORT of the coordinator.")],
     join: Annotated[Path | None, typer.Option(help="Join file made by `dipaco certs` (token and CA).")] = None,
-    cache: Annotated[Path, typer.Option(help="Folder for fetched blobs; may be deleted at any time.")] = Path(
+    cache_dir: Annotated[Path, typer.Option(help="Folder for fetched blobs; may be deleted at any time.")] = Path(
         "~/.cache/dipaco"
     ),
     threads: Annotated[int | None, typer.Option(min=1, help="Threads to offer; all cores by default.")] = None,
@@ -38,7 +38,7 @@ def worker(
     code = run_worker(
         address=address,
         join=join,
-        cache_dir=cache.expanduser(),
+        cache_dir=cache_dir.expanduser(),
         threads=threads or os.cpu_count() or 1,
         name=name,
         memory_bytes=memory_bytes,

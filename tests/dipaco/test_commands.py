@@ -144,7 +144,7 @@ def test_generate_shows_the_path_and_repeats_with_the_seed(folder: Path) -> None
     ("arguments", "sentence"),
     [
         (["run", "nowhere.yaml"], "there is no configuration file nowhere.yaml"),
-        (["run", "wrong.yaml"], "wrong.yaml: unknown key experiment.modle (value {}); did you mean 'model'?"),
+        (["run", "wrong.yaml"], "wrong.yaml: unknown key experiment.modle (value {}); did you mean"),
         (["run", "other.yaml", "--run-dir", "runs/tiny"], "runs/tiny holds a run with another experiment.seed"),
         (["evaluate", "nowhere"], "there is no run directory nowhere"),
         (["evaluate", "runs/tiny", "--route", "best"], "route 'best' is none of sequence, every:W"),
