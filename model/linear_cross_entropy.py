@@ -8,15 +8,13 @@ Legend: N tokens counted, C tokens of a chunk, H hidden size, V vocabulary.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+import torch.nn.functional as F  # noqa: N812
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
-
-if TYPE_CHECKING:
-    from jaxtyping import Float, Int
 
 _CHUNK_ELEMENTS = {"cpu": 2**18}  # 1 MiB of logits: within the second-level cache
 _CHUNK_ELEMENTS_ELSEWHERE = 2**27

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -15,9 +14,6 @@ from model import tensor_file
 from model.layout import level_tensors, module_spec
 from model.topology import Level, Topology
 from model.transformer import PathModel
-
-if TYPE_CHECKING:
-    from jaxtyping import Float
 
 
 class IncompletePath(ValueError):
@@ -66,7 +62,17 @@ def load_tensors(path: PathModel, tensors: Mapping[str, np.ndarray]) -> None:
         parameter.copy_(torch.from_numpy(np.asarray(tensors[name])))
 
 
-def module_tensors(path: PathModel, level: Level) -> dict[str, Float[Tensor, "..."]]:
+def share_tensors(path: PathModel, tensors: Mapping[str, Tensor]) -> None:
+    """Make the parameters be these tensors, without a copy; whoever else holds them sees the same values."""
+    parameters = dict(path.named_parameters())
+    if parameters.keys() != tensors.keys():
+        raise IncompletePath(f"tensors of a path differ by {sorted(parameters.keys() ^ tensors.keys())}")
+    for name, parameter in parameters.items():
+        assert parameter.shape == tensors[name].shape, name
+        parameter.data = tensors[name]
+
+
+def module_tensors(path: PathModel, level: Level) -> dict[str, Tensor]:
     """The parameters of the path that its module at `level` holds, by name, detached and shared with the path."""
     parameters = dict(path.named_parameters())
     return {

@@ -8,15 +8,13 @@ Legend: N vectors, H their size.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+import torch.nn.functional as F  # noqa: N812
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
-
-if TYPE_CHECKING:
-    from jaxtyping import Float
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -25,7 +23,8 @@ class _RMSNorm(torch.autograd.Function):
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
         inverse = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()  # (..., 1)
         ctx.save_for_backward(x, weight, inverse)
-        return (x * inverse).mul_(weight)
+        out: Tensor = (x * inverse).mul_(weight)
+        return out
 
     @staticmethod
     @once_differentiable

@@ -1,6 +1,6 @@
 """Levels, modules, paths and shards as plain indices: which module a path picks, whose contributions a module takes.
 
-Pure Python, no torch. DiPaCo (2403.10616) Sec 2.2; a level whose `per_path` is set holds path-specific modules (Sec 4.2).
+Pure Python, no torch. DiPaCo (2403.10616) Sec 2.2; a level with `per_path` holds path-specific modules (Sec 4.2).
 """
 
 from __future__ import annotations

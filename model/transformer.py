@@ -10,40 +10,28 @@ counted, V vocabulary.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
 
 import torch
+import torch.nn.functional as F  # noqa: N812
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from configs.schema import ModelConfig
+from model.kv_cache import KVCache
 from model.linear_cross_entropy import linear_cross_entropy, token_cross_entropy
 from model.rms_norm import RMSNorm
-
-if TYPE_CHECKING:
-    from jaxtyping import Bool, Float, Int
-
-
-class KeyValues(Protocol):
-    """Where a block keeps the keys and values of earlier tokens (`model.kv_cache`)."""
-
-    def extend(
-        self, block: int, keys: Float[Tensor, "B A T D"], values: Float[Tensor, "B A T D"]
-    ) -> tuple[Float[Tensor, "B A S D"], Float[Tensor, "B A S D"]]:
-        """Append to the block's tokens; returns all of them."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
 class Attending:
     """What every block of one forward pass shares: rotary factors, who sees whom, and the cache, if any."""
 
-    cos: Float[Tensor, "B T 1 D"]
-    sin: Float[Tensor, "B T 1 D"]
-    mask: Float[Tensor, "B 1 T S"] | None  # None: every token sees all before it in its row
+    cos: Float[Tensor, "#B T 1 D"]
+    sin: Float[Tensor, "#B T 1 D"]
+    mask: Float[Tensor, "#B 1 T S"] | None  # None: every token sees all before it in its row
     causal: bool
-    cache: KeyValues | None = None
+    cache: KVCache | None = None
 
 
 def rotary_tables(length: int, head_size: int, theta: float) -> tuple[Float[Tensor, "T D"], Float[Tensor, "T D"]]:
@@ -55,7 +43,7 @@ def rotary_tables(length: int, head_size: int, theta: float) -> tuple[Float[Tens
 
 
 def rotate(
-    x: Float[Tensor, "B T A D"], cos: Float[Tensor, "B T 1 D"], sin: Float[Tensor, "B T 1 D"]
+    x: Float[Tensor, "B T A D"], cos: Float[Tensor, "#B T 1 D"], sin: Float[Tensor, "#B T 1 D"]
 ) -> Float[Tensor, "B T A D"]:
     """Turn every pair (d, d + D/2) by its position's angle; `sin` carries the sign of the first half."""
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
@@ -205,7 +193,7 @@ class PathModel(nn.Module):
 
     def rotary(
         self, length: int, positions: Int[Tensor, "B T"] | None = None
-    ) -> tuple[Float[Tensor, "B T 1 D"], Float[Tensor, "B T 1 D"]]:
+    ) -> tuple[Float[Tensor, "#B T 1 D"], Float[Tensor, "#B T 1 D"]]:
         """Rotary factors of `positions`, or of 0 .. length - 1."""
         if positions is None:
             if length > self.cos.shape[0]:
