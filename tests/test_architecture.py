@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 import time
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -168,6 +169,13 @@ def test_the_readme_names_every_package() -> None:
     folders = {path.parent.name for path in REPOSITORY.glob("*/__init__.py")}
     assert folders == set(MAY_IMPORT)
     assert named == folders | {"scripts", "tests"}
+
+
+def test_the_wheel_ships_the_packages_and_nothing_for_tests() -> None:
+    with (REPOSITORY / "pyproject.toml").open("rb") as file:
+        build = tomllib.load(file)["tool"]["hatch"]["build"]
+    assert set(build["targets"]["wheel"]["packages"]) == set(MAY_IMPORT)
+    assert build["exclude"] == ["configs/tests"]
 
 
 def test_every_module_says_what_it_owns() -> None:
