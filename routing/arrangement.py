@@ -18,7 +18,7 @@ from model.topology import Topology
 from routing.clusters import squared_distances
 
 EXHAUSTIVE_UP_TO = 6
-STARTS = 8
+STARTS = 4
 # Gains below this share of the whole cost are rounding.
 _TINY = 1e-10
 
@@ -48,7 +48,8 @@ def shared_modules(topology: Topology) -> Float64[np.ndarray, "K K"]:
     """How many modules two paths share, over the levels that offer a choice; 0 on the diagonal."""
     picks = np.array([topology.module_indices(path) for path in range(topology.num_paths)])  # (K, levels)
     offers = np.array([level.num_modules > 1 for level in topology.levels])
-    shared = (picks[:, None] == picks[None])[:, :, offers].sum(axis=2).astype(np.float64)
+    same = (picks[:, None] == picks[None])[:, :, offers]  # (K, K, levels that offer a choice)
+    shared: npt.NDArray[np.float64] = same.sum(axis=2).astype(np.float64)
     np.fill_diagonal(shared, 0.0)
     return shared
 

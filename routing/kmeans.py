@@ -17,6 +17,7 @@ from jaxtyping import Float64, Int64, UInt64
 
 from configs.schema import ShardingConfig
 from model.topology import Topology
+from routing.arrangement import arrange
 from routing.clusters import Clusters, Group, squared_distances
 
 MINIBATCH_ABOVE = 200_000
@@ -60,6 +61,9 @@ def _fit(
         dimensions = _dimensions(config, transformed.shape[1], index, len(sizes))
         centres = _centres(transformed[:, dimensions], clusters, config.capacity, seed + index)
         groups.append(Group(dimensions, centres))
+    if config.kind == "kmeans" and topology.num_paths > 1 and topology.replicas == 1:
+        only = groups[0]
+        groups = [Group(only.dimensions, only.centres[arrange(only.centres, topology)])]
     return Clusters(mean, matrix, tuple(groups), topology.replicas, config.prefix_tokens)
 
 

@@ -1,4 +1,4 @@
-"""Features depend on the prefix and on nothing else; routes in serving are those of the features."""
+"""Features depend on the prefix and on nothing else."""
 
 from __future__ import annotations
 
@@ -8,9 +8,7 @@ import torch
 
 from configs.schema import ModelConfig
 from model.transformer import PathModel
-from routing.clusters import Clusters, Group
 from routing.features import features_of, first_prefix, prefix_before, prefix_features
-from routing.router import FeatureRouter, OnePath, RouteState
 
 PREFIX = 8
 CONFIG = ModelConfig(blocks=2, hidden_size=16, heads=2, intermediate_size=24, sequence_length=64)
@@ -24,12 +22,6 @@ def base() -> PathModel:
         for parameter in model.parameters():
             parameter.normal_(0.0, 0.3, generator=generator)
     return model
-
-
-@pytest.fixture(scope="module")
-def clusters() -> Clusters:
-    centres = np.random.default_rng(2).normal(size=(3, 16))
-    return Clusters(np.zeros(16), np.eye(16), (Group(np.arange(16), centres),), 1, PREFIX)
 
 
 def sequences(count: int = 20, shortest: int = 1) -> list[np.ndarray]:
@@ -84,31 +76,3 @@ def test_the_prefix_before_a_chunk_is_bos_and_the_last_tokens(position: int, exp
 def test_the_first_chunk_sees_the_first_prefix() -> None:
     tokens = np.array([0, *range(11, 30)])
     assert np.array_equal(prefix_before(tokens, PREFIX + 1, PREFIX), first_prefix(tokens, PREFIX))
-
-
-def test_a_text_is_routed_first_on_its_prefix_then_on_its_last_tokens(base: PathModel, clusters: Clusters) -> None:
-    router = FeatureRouter(base, clusters)
-    text = sequences(1, 30)[0]
-    first, state = router.route(text)
-    assert first == pytest.approx(clusters.posterior(features_of(base, [first_prefix(text, PREFIX)]))[0])
-    assert state == RouteState(len(text) - 1)
-    later, _ = router.route(text, state)
-    assert later == pytest.approx(clusters.posterior(features_of(base, [prefix_before(text, len(text), PREFIX)]))[0])
-    assert (router.num_paths, router.version) == (3, clusters.version)
-
-
-def test_a_text_shorter_than_the_prefix_is_routed_on_it_again_once_it_is_long_enough(
-    base: PathModel, clusters: Clusters
-) -> None:
-    router = FeatureRouter(base, clusters)
-    text = sequences(1, 30)[0]
-    short, state = router.route(text[:4])
-    assert short == pytest.approx(clusters.posterior(features_of(base, [text[:4]]))[0])
-    again, _ = router.route(text, state)
-    assert again == pytest.approx(router.route(text)[0])
-
-
-def test_one_path_is_certain() -> None:
-    posterior, state = OnePath().route(np.array([0, 4, 5]))
-    assert posterior.tolist() == [1.0]
-    assert state == RouteState(2)

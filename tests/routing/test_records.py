@@ -9,7 +9,7 @@ from typing import Any
 import msgpack
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from routing.records import (
@@ -59,6 +59,26 @@ def test_a_record_returns_as_it_was(name: str) -> None:
     assert again.to_bytes() == record.to_bytes()
 
 
+@settings(max_examples=50, deadline=None)
+@given(st.integers(0, 4), st.integers(1, 4), st.integers(0, 2**32 - 1))
+def test_tables_of_any_size_return_as_they_were(rows: int, columns: int, seed: int) -> None:
+    generator = np.random.default_rng(seed)
+    ids = generator.integers(0, 2**64, rows, np.uint64)
+    real = generator.normal(size=(rows, columns)) * 10.0 ** generator.integers(-30, 30)
+    whole = generator.integers(0, 2**32, (rows, columns), np.uint32)
+    features = Features.from_bytes(Features(ids, real.astype(np.float32)).to_bytes())
+    assert np.array_equal(features.ids, ids)
+    assert np.array_equal(features.z, real.astype(np.float32))
+    assigned = Assignments.from_bytes(Assignments(ids, whole, real.astype(np.float32)).to_bytes())
+    assert np.array_equal(assigned.shards, whole)
+    assert np.array_equal(assigned.distances, real.astype(np.float32))
+    positions, domains = np.arange(rows, dtype=np.uint32), np.zeros(rows, np.uint16)
+    losses = Losses.from_bytes(Losses(positions, real, whole, whole[::-1].copy(), domains, ("law",)).to_bytes())
+    assert np.array_equal(losses.loss, real)
+    assert np.array_equal(losses.count, whole)
+    assert np.array_equal(losses.text_bytes, whole[::-1])
+
+
 @pytest.mark.parametrize(("name", "key"), FIELDS)
 @pytest.mark.parametrize("value", [b"odd", "text", -1, None, {"x": 1}, {"8": {"path": b"1", "chunks": 5}}])
 def test_a_field_that_is_something_else_is_refused(name: str, key: str, value: object) -> None:
@@ -77,6 +97,7 @@ def test_a_missing_field_is_refused(name: str, key: str) -> None:
         type(RECORDS[name]).from_bytes(msgpack.packb(record))
 
 
+@settings(deadline=None)
 @given(st.sampled_from(sorted(RECORDS)), st.binary(max_size=40) | st.integers().map(lambda n: msgpack.packb(n % 2**60)))
 def test_noise_is_refused(name: str, data: bytes) -> None:
     with pytest.raises(MalformedRecord):
