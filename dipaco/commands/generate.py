@@ -26,18 +26,19 @@ def generate(
     Without a prompt it continues one example of every kind of text in the embedded corpus.
     """
     from coordinator.snapshot import RunSnapshot
-    from dipaco.examples import EXAMPLE_PROMPTS, Sampling, continuations
+    from dipaco.examples import EXAMPLE_PROMPTS, Wish, continuations
+    from inference.sampling import Sampling
 
     snapshot = RunSnapshot.open(run)
     prompts = prompt or list(EXAMPLE_PROMPTS.values())
-    sampling = Sampling(tokens=tokens, temperature=temperature, top_k=top_k, seed=seed, every=every, path=path)
+    wish = Wish(tokens, Sampling(temperature, top_k, seed=seed), every=every, path=path)
     if as_json:
-        typer.echo(json.dumps([each.as_dict() for each in continuations(snapshot, prompts, sampling)]))
+        typer.echo(json.dumps([each.as_dict() for each in continuations(snapshot, prompts, wish)]))
         return
     from rich.console import Console
 
     from dipaco.table import example_text
 
     console = Console()
-    for each in continuations(snapshot, prompts, sampling):
-        console.print(example_text(each))
+    for each in continuations(snapshot, prompts, wish):
+        console.print(example_text(each), soft_wrap=True)

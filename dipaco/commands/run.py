@@ -87,6 +87,6 @@ def _report(directory: Path, as_json: bool) -> None:
     console = Console()
     console.print(report_table(report))
     for example in routed_examples(snapshot):
-        console.print(example_text(example))
+        console.print(example_text(example), soft_wrap=True)
     for remark in remarks:
         typer.echo(remark)
