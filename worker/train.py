@@ -88,7 +88,9 @@ class Trainer:
         self.path = path.train()
         self.path.checkpoint_activations = compute.checkpoint_activations
         self.optimizer = InnerOptimizer(dict(path.named_parameters()), experiment.inner)
-        self._losses = torch.compile(self._loss_sum) if compute.compile else self._loss_sum
+        if compute.compile:
+            for block in path.model.layers:  # one by one: they share what is compiled, and packing stays outside
+                block.compile()
         pretrain = experiment.pretrain
         self._fork_step = (pretrain.steps if pretrain else 0) if spec.path.model != BASE else None
 
@@ -135,7 +137,7 @@ class Trainer:
     def _backward(self, micro: tuple[torch.Tensor, ...], count: int) -> torch.Tensor:
         """Add a micro-batch's share of the gradient of the mean loss; returns its summed loss, on the device."""
         with self._compute.autocast():
-            loss_sum = self._losses(*micro)
+            loss_sum = self._loss_sum(*micro)
         (loss_sum / count).backward()  # type: ignore[no-untyped-call]
         return loss_sum.detach()
 
