@@ -26,7 +26,7 @@ def changed(key: str, value: Any) -> str:
     *parents, last = [int(part) if part.isdigit() else part for part in key.split("/")]
     place = document
     for part in parents:
-        place = place[part] if isinstance(place, list) else place.setdefault(part, {})
+        place = place[part] if isinstance(part, int) else place.setdefault(part, {})
     if value is DELETE:
         del place[last]
     else:
