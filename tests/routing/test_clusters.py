@@ -6,13 +6,13 @@ import msgpack
 import numpy as np
 import pytest
 
-from routing.clusters import Clusters, Group
+from routing.clusters import Clusters, Group, squared_distances
 from routing.records import MalformedRecord
 
 NOISE = np.random.default_rng(0)
 
 
-def product_clusters(replicas: int = 1) -> Clusters:
+def product_clusters(replicas: int = 1, prefix_tokens: int = 32) -> Clusters:
     """2 x 3 centres over interleaved dimensions of a linear transform."""
     return Clusters(
         NOISE.normal(size=5),
@@ -22,7 +22,7 @@ def product_clusters(replicas: int = 1) -> Clusters:
             Group(np.array([1, 3]), NOISE.normal(size=(3, 2))),
         ),
         replicas,
-        32,
+        prefix_tokens,
     )
 
 
@@ -45,6 +45,8 @@ def test_the_nearest_come_in_order_and_ties_go_to_the_lower_index() -> None:
     shards, distances = line.nearest(np.array([[0.0], [2.5]]), 2)
     assert shards.tolist() == [[0, 1], [2, 0]]
     assert distances.tolist() == [[1.0, 1.0], [0.25, 2.25]]
+    alike = Clusters(np.zeros(1), np.eye(1), (Group(np.array([0]), np.tile([[1.0], [2.0]], (50, 1))),), 1, 32)
+    assert alike.nearest(np.array([[0.0]]), 100)[0][0].tolist() == [*range(0, 100, 2), *range(1, 100, 2)]
 
 
 def test_a_posterior_sums_the_shards_of_a_path_and_peaks_where_its_shards_are_near() -> None:
@@ -67,17 +69,23 @@ def test_far_features_still_have_a_posterior() -> None:
 def test_a_row_is_routed_alike_alone_and_among_others() -> None:
     clusters = product_clusters()
     z = NOISE.normal(size=(200, 5))
-    together = clusters.paths(z)
+    together, distances = clusters.paths(z), clusters.distances(z)
     assert [int(clusters.paths(row[None])[0]) for row in z] == together.tolist()
+    for row, expected in zip(z, distances, strict=True):
+        assert clusters.distances(row[None])[0] == pytest.approx(expected, rel=1e-12)
+    centres = NOISE.normal(size=(3, 5))
+    alone = np.concatenate([squared_distances(row[None], centres) for row in z])
+    assert np.array_equal(alone, squared_distances(z, centres))
 
 
 def test_the_frozen_form_returns_and_names_the_version() -> None:
-    clusters = product_clusters()
+    clusters = product_clusters(replicas=3, prefix_tokens=16)
     again = Clusters.from_bytes(clusters.to_bytes())
+    assert (again.replicas, again.num_paths, again.prefix_tokens) == (3, 2, 16)
     z = NOISE.normal(size=(20, 5))
     assert np.array_equal(again.distances(z), clusters.distances(z))
     assert again.version == clusters.version
-    moved = Clusters(clusters.mean + 1e-9, clusters.matrix, clusters.groups, 1, 32)
+    moved = Clusters(clusters.mean + 1e-9, clusters.matrix, clusters.groups, 3, 16)
     assert moved.version != clusters.version
 
 

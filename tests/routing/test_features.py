@@ -8,7 +8,7 @@ import torch
 
 from configs.schema import ModelConfig
 from model.transformer import PathModel
-from routing.features import features_of, first_prefix, prefix_before, prefix_features
+from routing.features import BATCH_SEQUENCES, features_of, first_prefix, prefix_before, prefix_features
 
 PREFIX = 8
 CONFIG = ModelConfig(blocks=2, hidden_size=16, heads=2, intermediate_size=24, sequence_length=64)
@@ -47,6 +47,15 @@ def test_features_do_not_depend_on_what_follows_or_stands_beside(base: PathModel
             assert features_of(base, [first_prefix(other, PREFIX)])[0] == pytest.approx(z, abs=1e-5)
         else:
             assert features_of(base, [text])[0] == pytest.approx(z, abs=1e-5)
+
+
+def test_more_prefixes_than_a_batch_keep_their_order(base: PathModel) -> None:
+    prefixes = [first_prefix(text, PREFIX) for text in sequences(2 * BATCH_SEQUENCES + 3, PREFIX + 1)]
+    backwards = features_of(base, prefixes[::-1])[::-1]
+    together = features_of(base, prefixes)
+    assert together == pytest.approx(backwards, abs=1e-5)
+    for place in (0, BATCH_SEQUENCES, len(prefixes) - 1):
+        assert features_of(base, prefixes[place : place + 1])[0] == pytest.approx(together[place], abs=1e-5)
 
 
 def test_the_tokens_of_the_prefix_change_the_features(base: PathModel) -> None:

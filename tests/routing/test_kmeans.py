@@ -40,8 +40,11 @@ def purity(found: np.ndarray, truth: np.ndarray) -> float:
 @pytest.mark.parametrize("capacity", [None, 1.25])
 def test_clusters_that_are_there_are_found(kind: str, transform: str, capacity: float | None) -> None:
     ids, z, truth = four_clusters()
-    config = ShardingConfig.model_validate({"kind": kind, "transform": transform, "capacity": capacity})
+    config = ShardingConfig.model_validate(
+        {"kind": kind, "transform": transform, "capacity": capacity, "prefix_tokens": 24}
+    )
     clusters = fit(ids, z, config, GRID, 0)
+    assert clusters.prefix_tokens == 24
     assert clusters.num_shards == clusters.num_paths == 4
     assert purity(clusters.paths(z), truth) == 1.0
 
@@ -60,6 +63,12 @@ def test_whitened_features_have_unit_covariance_and_lose_dimensions_without_vari
     x = clusters.transform(z)
     assert x.shape[1] == 8
     assert x.T @ x / len(x) == pytest.approx(np.eye(8), abs=1e-6)
+
+
+def test_the_sign_of_a_whitened_dimension_is_that_of_its_largest_weight() -> None:
+    ids, z, _ = four_clusters()
+    matrix = fit(ids, z, ShardingConfig(transform="whiten"), GRID, 0).matrix * z.std(axis=0)[:, None]
+    assert (matrix[np.abs(matrix).argmax(axis=0), np.arange(matrix.shape[1])] > 0).all()
 
 
 def test_product_clusters_take_a_group_of_dimensions_a_level() -> None:

@@ -78,6 +78,13 @@ def test_a_text_that_was_shorter_than_the_prefix_has_not_been_routed_yet(
     assert router.route(TEXT, RouteState(length))[0] == pytest.approx(router.route(TEXT)[0])
 
 
+def test_a_text_that_was_as_long_as_the_prefix_is_routed_on_its_last_tokens(
+    base: PathModel, clusters: Clusters
+) -> None:
+    found, _ = FeatureRouter(base, clusters).route(TEXT, RouteState(PREFIX))
+    assert found == pytest.approx(posterior_of(base, clusters, [0, *TEXT[-PREFIX:].tolist()]))
+
+
 def test_one_path_is_certain() -> None:
     router: Router = OnePath()
     posterior, state = router.route(np.array([0, 4, 5]))

@@ -69,6 +69,7 @@ def test_random_shards_are_equal_parts_by_seed() -> None:
     shards = random_shards(ids, 4, 7)
     assert sorted(map(len, shards)) == [25, 26, 26, 26]
     assert np.array_equal(np.sort(np.concatenate(shards)), ids)
+    assert all((np.diff(members.astype(np.int64)) > 0).all() for members in shards)
     again = random_shards(ids[::-1].copy(), 4, 7)
     assert all(np.array_equal(a, b) for a, b in zip(shards, again, strict=True))
     assert not np.array_equal(shards[0], random_shards(ids, 4, 8)[0])
