@@ -32,7 +32,7 @@ class _RMSNorm(torch.autograd.Function):
         """With y = x * r * w and r = (mean(x^2) + eps)^(-1/2): dx = r * w * g - x * r^3 * sum(g * x * w) / H."""
         x, weight, inverse = ctx.saved_tensors
         size = x.shape[-1]
-        product = (grad * x).view(-1, size)  # (N, H)
+        product = (grad * x).reshape(-1, size)  # (N, H)
         weight_grad = torch.mv(product.t(), inverse.view(-1))
         share = torch.mv(product, weight).view_as(inverse).mul_(inverse.pow(3)).div_(size)
         x_grad = (grad * weight).mul_(inverse).addcmul_(x, share, value=-1.0)

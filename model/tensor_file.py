@@ -158,14 +158,22 @@ def _parse_header(path: Path) -> tuple[dict[str, dict[str, Any]], int]:
     try:
         header = json.loads(text)
         for name, entry in header.items():
-            if entry["dtype"] != "F32":
-                raise TensorMismatch(f"{path.name}: {name} is {entry['dtype']}, expected F32")
-            begin, end = entry["data_offsets"]
-            if end - begin != 4 * math.prod(entry["shape"]) or begin < 0:
-                raise TensorMismatch(f"{path.name}: {name} of shape {entry['shape']} lies at bytes {begin}..{end}")
-    except (AttributeError, KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise TensorMismatch(f"{path.name} is not a tensor file: {error!r}") from None
+            _check_entry(path, name, entry)
+    except (AttributeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise TensorMismatch(f"{path.name} is not a tensor file: {error}") from None
     return header, _LENGTH_BYTES + length
+
+
+def _check_entry(path: Path, name: str, entry: Any) -> None:
+    """Raise TensorMismatch unless a header's entry describes a float32 tensor and the bytes it lies at."""
+    match entry:
+        case {"dtype": "F32", "shape": [*shape], "data_offsets": [int(begin), int(end)]} if all(
+            isinstance(size, int) and size >= 0 for size in shape
+        ):
+            if begin < 0 or end - begin != 4 * math.prod(shape):
+                raise TensorMismatch(f"{path.name}: {name} of shape {shape} lies at bytes {begin}..{end}")
+        case _:
+            raise TensorMismatch(f"{path.name}: {name} is {entry}, expected dtype F32, a shape and data_offsets")
 
 
 def _view(path: Path, data: np.ndarray, name: str, entry: Mapping[str, Any]) -> np.ndarray:

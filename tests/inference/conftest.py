@@ -50,7 +50,9 @@ class Mixture:
     @torch.no_grad()
     def logits(self, path_index: int, tokens: list[int]) -> np.ndarray:
         """Scores after the last token, by a plain forward pass over all of them."""
-        path = self.paths.setdefault(path_index, self.paths.get(path_index) or self.path(path_index))
+        if path_index not in self.paths:
+            self.paths[path_index] = self.path(path_index)
+        path = self.paths[path_index]
         scores: np.ndarray = path.logits(path(torch.tensor([tokens]))[0, -1]).numpy()
         return scores
 
