@@ -13,13 +13,15 @@ TENSORS = {"b": np.array([[1.0, 2.0]], np.float32), "a": np.array([3.0], np.floa
 
 def test_a_module_digest_is_what_it_is_defined_to_be(tmp_path: Path) -> None:
     """SHA-256 over sorted (name, dtype, shape, little-endian bytes), spelled out."""
-    spelled = b"a\0float32\x001\0" + np.float32(3).tobytes() + b"b\0float32\x001,2\0" + np.float32([1, 2]).tobytes()
+    spelled = (
+        b"a\0float32\x001\0" + np.float32(3).tobytes() + b"b\0float32\x001,2\0" + np.array([1, 2], np.float32).tobytes()
+    )
     tensor_file.write(tmp_path / "x", TENSORS)
     assert module_digest(tmp_path / "x") == hashlib.sha256(spelled).hexdigest()
 
 
 def test_every_part_counts() -> None:
-    variants = [
+    variants: list[dict[str, np.ndarray]] = [
         TENSORS,
         {"b": TENSORS["b"], "c": TENSORS["a"]},
         {"b": TENSORS["b"].reshape(2, 1), "a": TENSORS["a"]},
