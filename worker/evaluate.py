@@ -3,7 +3,7 @@
 Batches are a pure function of the file and the spec, by groups of like length, so that neither the machine nor the
 number of workers changes a loss. Chunk c holds the targets prefix + 1 + c * W .. prefix + (c + 1) * W.
 
-Legend: N evaluated sequences, C chunks, B sequences of a batch, T tokens of the longest of them, W chunk_tokens.
+Legend: N evaluated sequences, C chunks, B sequences of a batch, M counted targets of them, W chunk_tokens.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from jaxtyping import Float64, Int64, Integer
 
 from configs.schema import Experiment
 from corpus.token_file import TokenFile
@@ -92,10 +93,10 @@ class LossGrid:
 
     def add(
         self,
-        indices: np.ndarray,
+        indices: Int64[np.ndarray, " B"],
         sequences: list[np.ndarray],
-        losses: np.ndarray,
-        token_bytes: np.ndarray | None,
+        losses: Float64[np.ndarray, " M"],
+        token_bytes: Int64[np.ndarray, " V"] | None,
     ) -> None:
         """Sort the losses of the sequences' counted targets, laid end to end, into their chunks."""
         end = 0
@@ -124,7 +125,7 @@ class LossGrid:
         return self.loss_sum / self.tokens if self.tokens else float("nan")
 
 
-def batches(lengths: np.ndarray, batch_tokens: int) -> Iterator[np.ndarray]:
+def batches(lengths: Integer[np.ndarray, " N"], batch_tokens: int) -> Iterator[Int64[np.ndarray, " B"]]:
     """Indices of sequences, shortest first, cut where sequences times the longest would exceed `batch_tokens`."""
     order = np.argsort(lengths, kind="stable")
     start = 0

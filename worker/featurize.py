@@ -3,7 +3,7 @@
 What is batched together follows from the file and the spec alone, so neither the machine nor the number of workers
 changes a bit of z.
 
-Legend: N sequences, D features, C chunks.
+Legend: N sequences, S sampled ones, D features, C chunks.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+from jaxtyping import Int64, UInt64
 
 from configs.schema import Experiment
 from corpus.token_file import TokenFile
@@ -80,12 +81,12 @@ def run_featurize(
     return TaskOutcome({name: out_path}, result)
 
 
-def sampled_positions(ids: np.ndarray, seed: int, share: float) -> np.ndarray:
+def sampled_positions(ids: UInt64[np.ndarray, " N"], seed: int, share: float) -> Int64[np.ndarray, " S"]:
     """Positions of the ids whose hash with the seed falls below `share`: the same whatever file an id stands in.
 
     The hash is the finaliser of SplitMix64 (Steele et al. 2014), twice.
     """
-    hashes = _mixed(_mixed(ids.astype(np.uint64)) ^ np.uint64(seed % 2**64))
+    hashes = _mixed(_mixed(ids) ^ np.uint64(seed % 2**64))
     below: np.ndarray = np.flatnonzero((hashes >> np.uint64(11)).astype(np.float64) * 2.0**-53 < share)
     return below
 
