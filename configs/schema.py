@@ -69,7 +69,9 @@ class SplitsConfig(Section):
 class CorpusConfig(Section):
     """Where documents come from and how they are cut into splits and document ranges."""
 
-    source: Annotated[InstalledSource | FilesSource | HuggingFaceSource, Field(discriminator="kind")] = InstalledSource()
+    source: Annotated[InstalledSource | FilesSource | HuggingFaceSource, Field(discriminator="kind")] = (
+        InstalledSource()
+    )
     splits: SplitsConfig = SplitsConfig()
     min_document_characters: PositiveInt = 200
     range_characters: PositiveInt = 4_000_000
@@ -194,7 +196,9 @@ class PretrainStage(Section):
     @model_validator(mode="after")
     def _whole_tasks(self) -> PretrainStage:
         if self.steps % self.inner_steps:
-            raise ValueError(f"pretrain.steps ({self.steps}) must be a multiple of its inner_steps ({self.inner_steps})")
+            raise ValueError(
+                f"pretrain.steps ({self.steps}) must be a multiple of its inner_steps ({self.inner_steps})"
+            )
         return self
 
 

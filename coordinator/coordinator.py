@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import json
 import random
-import signal
+import shutil
+import sqlite3
 import time
 from collections.abc import Callable, Coroutine
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from configs.load import resume_difference, to_yaml
 from configs.schema import Config
 from coordinator.executor import Executor
 from coordinator.handlers import (
@@ -30,18 +29,16 @@ from coordinator.handlers import (
     UploadSink,
 )
 from coordinator.jobs import Jobs
-from coordinator.journal import Journal, RunLock, RunUnusable
+from coordinator.journal import Journal, RunUnusable
 from coordinator.machine import Decision, Machine, StepDue
 from coordinator.outer import contribution_weights
 from coordinator.plan import Plan
-from coordinator.server import start_server
 from coordinator.spool import Spool
 from coordinator.state import Standing, State, Task
 from coordinator.status import Tally, status_of
 from coordinator.uploads import Upload
 from model.store import BlobStore
-from protocol.errors import UnknownBlob
-from protocol.security import load_security
+from protocol.errors import DiskFull, UnknownBlob
 from protocol.tasks import BlobRef, TaskResult
 from protocol.tensors import UploadHeader
 
@@ -49,10 +46,6 @@ MAX_WAIT_S = 30.0
 TICK_S = 0.5
 FAREWELL_S = 10.0
 PARALLEL_STEPS = 2
-
-
-class RunPaused(RuntimeError):
-    """The run cannot go on without a person: the message holds the reasons."""
 
 
 class Coordinator:
@@ -129,6 +122,7 @@ class Coordinator:
         """Watch over leases until the run is finished or paused."""
         self._dispatch()
         while not (self.finished or self.paused):
+            self._check_room()
             decision = self._machine.expire(time.monotonic())
             for row in decision.rows:
                 if isinstance(row, Task):
@@ -136,6 +130,16 @@ class Coordinator:
             if decision.rows:
                 self._commit(decision)
             await self._sleep(TICK_S)
+
+    def _check_room(self) -> None:
+        """Stop before the disk is full, while everything can still be written."""
+        free = shutil.disk_usage(self.run_dir).free
+        if free < self.config.execution.low_disk_bytes:
+            raise DiskFull(
+                errno.ENOSPC,
+                f"only {free / 1e6:.0f} MB are free at {self.run_dir}, less than execution.low_disk_bytes "
+                f"({self.config.execution.low_disk_bytes / 1e6:.0f} MB); make room and start again",
+            )
 
     async def farewell(self) -> None:
         """Give workers the time to hear that the run is finished."""
@@ -154,8 +158,7 @@ class Coordinator:
 
     def _commit(self, decision: Decision) -> None:
         """Store a decision, make it current, let go of what it made obsolete, and wake who waits."""
-        if decision.rows or decision.metrics:
-            self._journal.commit(decision.rows, decision.metrics)
+        self._store_durably(decision)
         for metric in decision.metrics:
             self._tally.add(metric)
         self._machine.apply(decision)
@@ -166,6 +169,20 @@ class Coordinator:
         self._changed.set()
         self._changed = asyncio.Event()
         self._dispatch()
+
+    def _store_durably(self, decision: Decision) -> None:
+        """One transaction; where it cannot be written the process ends, and a restart goes on from before it."""
+        if not (decision.rows or decision.metrics):
+            return
+        try:
+            self._journal.commit(decision.rows, decision.metrics)
+        except sqlite3.OperationalError as error:
+            self._fail(DiskFull(errno.ENOSPC, f"{self.run_dir} cannot be written ({error}); make room and start again"))
+            raise
+
+    def _fail(self, error: Exception) -> None:
+        if not self.failure.done():
+            self.failure.set_exception(error)
 
     def _dispatch(self) -> None:
         """Start the coordinator's own work that is ready: local tasks and module steps."""
@@ -184,6 +201,7 @@ class Coordinator:
         task = asyncio.get_running_loop().create_task(self._guard(key, work))
         self._background.add(task)
         task.add_done_callback(self._background.discard)
+        task.add_done_callback(lambda _: work.close())  # a task cancelled before it began leaves its work unawaited
 
     async def _guard(self, key: object, work: Coroutine[Any, Any, None]) -> None:
         """A person's mistake pauses the run; anything else ends the process, and a restart goes on from the journal."""
@@ -192,8 +210,7 @@ class Coordinator:
         except ValueError as error:
             self._commit(self._machine.pause(str(error)))
         except Exception as error:
-            if not self.failure.done():
-                self.failure.set_exception(error)
+            self._fail(error)
         finally:
             self._busy.discard(key)
             self._dispatch_soon()
@@ -202,7 +219,7 @@ class Coordinator:
         asyncio.get_running_loop().call_soon(self._dispatch)
 
     async def _run_local(self, task: Task) -> None:
-        result = await asyncio.to_thread(self._jobs.run, task, self._machine.state)
+        result = await asyncio.to_thread(self._jobs.run, task, self._machine.state.copy())
         self._commit(self._machine.local_done(task, result, time.time()))
 
     async def _run_step(self, due: StepDue) -> None:
@@ -247,9 +264,8 @@ class Coordinator:
         until = time.monotonic() + min(wait_s, MAX_WAIT_S)
         while True:
             lease = self._machine.lease(worker_id, cached_digests, time.monotonic())
-            if lease.decision.rows:
-                self._journal.commit(lease.decision.rows)
-                self._machine.apply(lease.decision)
+            self._store_durably(lease.decision)
+            self._machine.apply(lease.decision)
             if lease.task is not None:
                 return LeaseAnswer(
                     lease.task.task_id,
@@ -257,6 +273,8 @@ class Coordinator:
                     self.config.execution.lease_s,
                     lease.spec,  # type: ignore[arg-type]
                 )
+            if lease.finished:
+                self._machine.state.workers.pop(worker_id, None)
             remaining = until - time.monotonic()
             if lease.finished or self.paused or remaining <= 0:
                 return LeaseAnswer(waiting_for=lease.waiting_for, finished=lease.finished)
@@ -325,7 +343,8 @@ class Coordinator:
 
     async def begin_upload(self, header: UploadHeader) -> UploadSink:
         task = self._machine.held_task(header.task_id, header.fence)
-        return Upload(self._spool, header, self._machine.expected_outputs(task), self._count)
+        expected = self._machine.expected_outputs(task)
+        return await asyncio.to_thread(Upload, self._spool, header, expected, self._count)
 
     # --- what went over the wire ------------------------------------------------------------------------------------
 
@@ -341,110 +360,3 @@ class Coordinator:
         standing = self._machine.state.standing
         moved = {**standing.bytes_moved, category: standing.bytes_moved.get(category, 0) + num_bytes}
         self._machine.state.standing = replace(standing, bytes_moved=moved)
-
-
-def write_config(config: Config, run_dir: Path) -> None:
-    """Put the configuration of a new run into its directory; on a resumed one refuse what would change its bits."""
-    journal = Journal(run_dir)
-    try:
-        stored = journal.meta("config")
-        if stored is not None:
-            difference = resume_difference(Config.model_validate(json.loads(stored)), config)
-            if difference:
-                raise RunUnusable(
-                    f"{run_dir} was made with another {difference}; only `execution` may change on resume: "
-                    "restore the key, or use another --run-dir"
-                )
-        journal.set_meta("config", config.model_dump_json())
-        (run_dir / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
-    finally:
-        journal.close()
-
-
-def serve(
-    config: Config,
-    run_dir: Path,
-    listen: str,
-    *,
-    insecure: bool = False,
-    ready: Callable[[str], None] = lambda address: None,
-    say: Callable[[str], None] = print,
-) -> None:
-    """Serve a run until it is finished; returns early on SIGINT or SIGTERM, from where a restart goes on.
-
-    `ready` is told the address once workers can connect. Raises RunUnusable, RunPaused, NotAllowed, OSError.
-    """
-    run_dir.mkdir(parents=True, exist_ok=True)
-    lock = RunLock(run_dir)
-    try:
-        write_config(config, run_dir)
-        asyncio.run(_serve_until_signalled(config, run_dir, listen, insecure, ready, say))
-    finally:
-        lock.release()
-
-
-async def _serve_until_signalled(
-    config: Config,
-    run_dir: Path,
-    listen: str,
-    insecure: bool,
-    ready: Callable[[str], None],
-    say: Callable[[str], None],
-) -> None:
-    stopped = asyncio.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(number, stopped.set)
-    await serve_until(stopped, config, run_dir, listen, insecure, ready, say)
-
-
-async def serve_until(
-    stopped: asyncio.Event,
-    config: Config,
-    run_dir: Path,
-    listen: str,
-    insecure: bool = False,
-    ready: Callable[[str], None] = lambda address: None,
-    say: Callable[[str], None] = print,
-) -> None:
-    """Serve a prepared run directory until the run is over or `stopped` is set; raises what `serve` does."""
-    coordinator = Coordinator(config, run_dir, say)
-    try:
-        coordinator.open()
-        server = await start_server(
-            coordinator,
-            listen,
-            security=load_security(run_dir),
-            insecure=insecure,
-            chunk_bytes=config.execution.chunk_bytes,
-        )
-        try:
-            (run_dir / "address").write_text(f"{server.address}\n", encoding="utf-8")
-            ready(str(server.address))
-            await _until_over(coordinator, stopped)
-        finally:
-            await server.stop()
-    finally:
-        await coordinator.close()
-    if coordinator.paused:
-        raise RunPaused(f"{coordinator.paused}; mend it and start the same command again")
-
-
-async def _until_over(coordinator: Coordinator, stopped: asyncio.Event) -> None:
-    """Until the run is finished or paused, a signal came, or something broke (which is raised)."""
-    watch = asyncio.create_task(coordinator.tick())
-    signalled = asyncio.create_task(stopped.wait())
-    awaited: set[asyncio.Future[Any]] = {watch, signalled, coordinator.failure}
-    await asyncio.wait(awaited, return_when=asyncio.FIRST_COMPLETED)
-    signalled.cancel()
-    if coordinator.failure.done():
-        watch.cancel()
-        coordinator.failure.result()
-    if watch.done():
-        watch.result()
-        await coordinator.farewell()
-    watch.cancel()
-
-
-def is_disk_full(error: OSError) -> bool:
-    """Whether the system refused to write for want of room."""
-    return error.errno in (errno.ENOSPC, errno.EDQUOT)

@@ -63,11 +63,8 @@ class _Draft:
             self.rows[row.table, row.key] = row
 
     def view(self) -> State:
-        """The state with the draft applied: tables are copied, rows are shared."""
-        view = State()
-        view.stages, view.tasks = dict(self.state.stages), dict(self.state.tasks)
-        view.modules, view.shards = dict(self.state.modules), dict(self.state.shards)
-        view.standing = self.state.standing
+        """The state with the draft applied."""
+        view = self.state.copy()
         view.apply(self.rows.values())
         return view
 

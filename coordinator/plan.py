@@ -393,7 +393,9 @@ class Plan:
                 experiment.model,
                 self.vocab_size(state),
                 rows=min(rows, experiment.inner.batch_rows),
+                dtype=experiment.numerics.dtype,
                 checkpoint_activations=experiment.numerics.checkpoint_activations,
+                device=experiment.numerics.device,
             ),
         )
 
@@ -454,7 +456,9 @@ class Plan:
                     chunk_tokens=self.chunk_tokens(),
                     numerics=self.numerics,
                     max_sequences=evaluation.max_sequences,
-                    required_bytes=evaluate_bytes(self.experiment.model, self.vocab_size(state)),
+                    required_bytes=evaluate_bytes(
+                        self.experiment.model, self.vocab_size(state), device=self.numerics.device
+                    ),
                 ),
             )
             for model in self.evaluated_models()

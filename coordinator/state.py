@@ -158,6 +158,14 @@ class State:
                 case Standing():
                     self.standing = row
 
+    def copy(self) -> State:
+        """The same rows in tables of their own, without workers: for a draft, or to be read in another thread."""
+        other = State()
+        other.stages, other.tasks = dict(self.stages), dict(self.tasks)
+        other.modules, other.shards = dict(self.modules), dict(self.shards)
+        other.standing = self.standing
+        return other
+
     def forget_tasks(self, task_ids: Iterable[str]) -> None:
         """Drop finished tasks from memory; the journal keeps them."""
         for task_id in task_ids:

@@ -23,7 +23,7 @@ class Upload:
         expected: Mapping[str, ExpectedOutput],
         count: Callable[[str, int], None],
     ) -> None:
-        """Raises RejectedTensor where the task has no such output."""
+        """Opens the sink: call it off the event loop. Raises RejectedTensor where the task has no such output."""
         if header.output not in expected:
             raise RejectedTensor(
                 f"task {header.task_id} has no output {header.output!r}; it has {', '.join(sorted(expected))}"

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from protocol.errors import RejectedTensor, StaleLease, UnknownTask, UnknownWorker
 
 from configs.schema import Config
 from coordinator.machine import Decision, Machine, referenced_digests
 from coordinator.plan import Plan
 from coordinator.state import State, Task
+from protocol.errors import RejectedTensor, StaleLease, UnknownTask, UnknownWorker
 from protocol.tasks import BlobRef, Capabilities, TaskResult
 
 OFFER = Capabilities(devices=["cpu"], memory_bytes=10**10, threads=1, fingerprint="a")

@@ -93,6 +93,9 @@ def test_domains_are_measured_apart_and_agree_with_the_whole() -> None:
         counted = int(TABLE.count[TABLE.domains == index].sum())
         logs += math.log(measured["per_domain"][name]) * counted
         tokens += counted
+        mine = [i for i in range(N) if TABLE.domains[i] == index]
+        loss = sum(float(TABLE.loss[i, :, int(ROUTES.sequence[i])].sum()) for i in mine)
+        assert measured["per_domain"][name] == pytest.approx(math.exp(loss / counted))
     assert math.exp(logs / tokens) == pytest.approx(measured["perplexity"])
 
 
@@ -110,6 +113,19 @@ def test_paths_that_saw_other_sequences_are_refused() -> None:
     moved = Losses(first.positions + 1, first.loss, first.count, first.text_bytes, first.domains, first.domain_names)
     with pytest.raises(MalformedRecord, match="different sequences"):
         LossTable.join([[moved], [second]])
+    fewer = Losses(first.positions, first.loss, first.count // 2, first.text_bytes, first.domains, first.domain_names)
+    with pytest.raises(MalformedRecord, match="different sequences"):
+        LossTable.join([[fewer], [second]])
+
+
+def test_what_has_no_tokens_or_bytes_is_no_number_and_a_huge_loss_is_finite() -> None:
+    first = records(names=("prose", "code", "law"))[0]
+    silent = Losses(first.positions, first.loss * 1e6, first.count, 0 * first.count, first.domains, first.domain_names)
+    table = LossTable.join([[silent]])
+    measured = measures(table, choose("sequence", table, None, CHUNK))
+    assert math.isnan(measured["per_domain"]["law"])
+    assert math.isnan(measured["bits_per_byte"])
+    assert math.isfinite(measured["perplexity"])
 
 
 def test_a_summary_names_models_routes_domains_and_agreement() -> None:

@@ -16,21 +16,24 @@ import numpy as np
 import pytest
 
 from configs.schema import Config
-from coordinator.coordinator import serve_until, write_config
 from coordinator.plan import MIXTURE, Plan
+from coordinator.serving import serve_until, write_config
 from coordinator.snapshot import RunSnapshot
 from corpus.token_file import TokenFile
 from model import tensor_file
 from model.path import compose
-from tests.conftest import write_documents
 from tests.equivalence.reference import Loop, diloco, plain_training, shard_batches
 from worker.loop import run_worker
 
 PHASES, INNER_STEPS = 3, 2
 
 
-def make_config(tmp_path: Path, outer: dict[str, Any], replicas: int, sharding: str) -> Config:
+@pytest.fixture(autouse=True)
+def _documents(tmp_path: Path, write_documents: Callable[..., None]) -> None:
     write_documents(tmp_path / "documents.jsonl", per_kind=20)
+
+
+def make_config(tmp_path: Path, outer: dict[str, Any], replicas: int, sharding: str) -> Config:
     return Config.model_validate(
         {
             "name": "ladder",

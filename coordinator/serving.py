@@ -1,0 +1,123 @@
+"""Serving a run: its directory locked, its configuration stored, the coordinator behind a gRPC server until the end."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from configs.load import resume_difference, to_yaml
+from configs.schema import Config
+from coordinator.coordinator import Coordinator
+from coordinator.journal import Journal, RunLock, RunUnusable
+from coordinator.server import start_server
+from protocol.security import load_security
+
+
+class RunPaused(RuntimeError):
+    """The run cannot go on without a person: the message holds the reasons."""
+
+
+def write_config(config: Config, run_dir: Path) -> None:
+    """Put the configuration of a new run into its directory; on a resumed one refuse what would change its bits."""
+    journal = Journal(run_dir)
+    try:
+        stored = journal.meta("config")
+        if stored is not None:
+            difference = resume_difference(Config.model_validate(json.loads(stored)), config)
+            if difference:
+                raise RunUnusable(
+                    f"{run_dir} was made with another {difference}; only `execution` may change on resume: "
+                    "restore the key, or use another --run-dir"
+                )
+        journal.set_meta("config", config.model_dump_json())
+        (run_dir / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+    finally:
+        journal.close()
+
+
+def serve(
+    config: Config,
+    run_dir: Path,
+    listen: str,
+    *,
+    insecure: bool = False,
+    ready: Callable[[str], None] = lambda address: None,
+    say: Callable[[str], None] = print,
+) -> None:
+    """Serve a run until it is finished; returns early on SIGINT or SIGTERM, from where a restart goes on.
+
+    `ready` is told the address once workers can connect. Raises RunUnusable, RunPaused, NotAllowed, OSError.
+    """
+    run_dir.mkdir(parents=True, exist_ok=True)
+    lock = RunLock(run_dir)
+    try:
+        write_config(config, run_dir)
+        asyncio.run(_serve_until_signalled(config, run_dir, listen, insecure, ready, say))
+    finally:
+        lock.release()
+
+
+async def _serve_until_signalled(
+    config: Config,
+    run_dir: Path,
+    listen: str,
+    insecure: bool,
+    ready: Callable[[str], None],
+    say: Callable[[str], None],
+) -> None:
+    stopped = asyncio.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, stopped.set)
+    await serve_until(stopped, config, run_dir, listen, insecure, ready, say)
+
+
+async def serve_until(
+    stopped: asyncio.Event,
+    config: Config,
+    run_dir: Path,
+    listen: str,
+    insecure: bool = False,
+    ready: Callable[[str], None] = lambda address: None,
+    say: Callable[[str], None] = print,
+) -> None:
+    """Serve a prepared run directory until the run is over or `stopped` is set; raises what `serve` does."""
+    coordinator = Coordinator(config, run_dir, say)
+    try:
+        coordinator.open()
+        server = await start_server(
+            coordinator,
+            listen,
+            security=load_security(run_dir),
+            insecure=insecure,
+            chunk_bytes=config.execution.chunk_bytes,
+        )
+        try:
+            (run_dir / "address").write_text(f"{server.address}\n", encoding="utf-8")
+            ready(str(server.address))
+            await _until_over(coordinator, stopped)
+        finally:
+            await server.stop()
+    finally:
+        await coordinator.close()
+    if coordinator.paused:
+        raise RunPaused(f"{coordinator.paused}; mend it and start the same command again")
+
+
+async def _until_over(coordinator: Coordinator, stopped: asyncio.Event) -> None:
+    """Until the run is finished or paused, a signal came, or something broke (which is raised)."""
+    watch = asyncio.create_task(coordinator.tick())
+    signalled = asyncio.create_task(stopped.wait())
+    awaited: set[asyncio.Future[Any]] = {watch, signalled, coordinator.failure}
+    await asyncio.wait(awaited, return_when=asyncio.FIRST_COMPLETED)
+    signalled.cancel()
+    if coordinator.failure.done():
+        watch.cancel()
+        coordinator.failure.result()
+    if watch.done():
+        watch.result()
+        await coordinator.farewell()
+    watch.cancel()
