@@ -114,13 +114,15 @@ def _perplexity(loss: float, tokens: int) -> float:
 
 
 def measures(table: LossTable, choice: Int64[np.ndarray, "N C"]) -> dict[str, Any]:
-    """Perplexity, bits per byte, perplexity by domain, and the share of counted tokens that each path got."""
+    """Perplexity, bits per byte, perplexity by domain that has tokens, and the share of counted tokens of each path."""
     losses = table.under(choice)
     num_bytes = int(table.text_bytes.sum(dtype=np.int64))
     by_domain = {}
     for index, name in enumerate(table.domain_names):
         rows = table.domains == index
-        by_domain[name] = _perplexity(float(losses[rows].sum()), int(table.count[rows].sum(dtype=np.int64)))
+        tokens = int(table.count[rows].sum(dtype=np.int64))
+        if tokens:
+            by_domain[name] = _perplexity(float(losses[rows].sum()), tokens)
     load = np.bincount(choice.ravel(), table.count.ravel(), minlength=table.num_paths)
     return {
         "perplexity": _perplexity(float(losses.sum()), table.tokens),
