@@ -15,7 +15,7 @@ class MissingExtra(ValueError):
     """A part of the report needs a package that is not installed."""
 
 
-def loss_curves(metrics: Iterable[dict[str, Any]], window: int = 10) -> dict[str, dict[str, Curve]]:
+def loss_curves(metrics: Iterable[dict[str, Any]], window: int) -> dict[str, dict[str, Curve]]:
     """Model -> path -> mean losses over `window` inner steps of completed tasks; replicas of a path are averaged."""
     losses: dict[str, dict[str, dict[int, list[float]]]] = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
     for metric in metrics:

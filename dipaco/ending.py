@@ -27,7 +27,7 @@ class Refused(ValueError):
 def sentence(error: BaseException) -> str | None:
     """What to tell the person, or None where the error is a bug that deserves its traceback."""
     if type(error).__module__.partition(".")[0] in PACKAGES:
-        return str(error)
+        return str(error.strerror or error) if isinstance(error, OSError) else str(error)
     if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
         where = f" ({error.filename})" if error.filename else ""
         return f"{error.strerror or error}{where}"

@@ -24,6 +24,9 @@ from dipaco.report_page import page
 from dipaco.run_digest import run_digest
 from dipaco.usage import hardware, read_usage
 
+POINTS = 80
+"""Of a whole loss curve; each is a mean over the steps in between."""
+
 
 def build_report(snapshot: RunSnapshot) -> dict[str, Any]:
     """The report of a run as its directory has it."""
@@ -65,7 +68,9 @@ def write_report(snapshot: RunSnapshot) -> tuple[dict[str, Any], list[str]]:
     report, remarks = build_report(snapshot), []
     curves_png = None
     try:
-        curves_png = draw(loss_curves(snapshot.metrics))
+        curves_png = draw(
+            loss_curves(snapshot.metrics, window=max(1, snapshot.config.experiment.total_steps // POINTS))
+        )
     except MissingExtra as error:
         remarks.append(f"report.html is without curves: {error}")
     _write(snapshot.run_dir / "report.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n")

@@ -47,7 +47,8 @@ def stopping_on_signals() -> Iterator[None]:
 def carry_out(local: LocalRun, display: Display, ask: Callable[[str], dict[str, Any] | None]) -> None:
     """Run until finished. `ask` gives the status at an address, None while nobody answers.
 
-    Raises Stopped, CoordinatorEnded, WorkersEnded; in every case the processes are gone and the usage is kept.
+    Raises Stopped, CoordinatorEnded, WorkersEnded; in every case the processes are gone, and the usage of a run that
+    began is kept.
     """
     began = time.monotonic()
     memory = PeakMemory()
@@ -59,9 +60,10 @@ def carry_out(local: LocalRun, display: Display, ask: Callable[[str], dict[str, 
             finally:
                 local.stop()
     finally:
-        usage = read_usage(local.run_dir)
-        elapsed = time.monotonic() - began
-        write_usage(local.run_dir, usage.and_then(elapsed, memory.peak_bytes, local.num_workers))
+        if local.address:
+            elapsed = time.monotonic() - began
+            so_far = read_usage(local.run_dir)
+            write_usage(local.run_dir, so_far.and_then(elapsed, memory.peak_bytes, local.num_workers))
 
 
 def _watch(local: LocalRun, display: Display, ask: Callable[[str], dict[str, Any] | None]) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
 import re
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -15,6 +18,11 @@ from typing import Any
 
 import psutil
 import pytest
+
+from coordinator.snapshot import RunSnapshot
+from dipaco.__main__ import main
+from dipaco.examples import Wish, continuations
+from inference.sampling import Sampling
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 Ran = tuple[Path, subprocess.CompletedProcess[str]]
@@ -61,7 +69,7 @@ def test_a_run_prints_progress_a_table_and_routed_text(ran: Ran) -> None:
     _, done = ran
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
-    for part in ("phase 0/2", "dipaco sequence", "dense-nesterov", "peak memory of all processes", "report.html"):
+    for part in ("MB moved", "dipaco sequence", "dense-nesterov", "peak memory of all processes", "report.html"):
         assert part in done.stdout, part
     assert re.search(r"^path [01]\.[01]$", done.stdout, re.MULTILINE)
 
@@ -132,12 +140,14 @@ def test_corpus_of_a_run_and_of_its_configuration(folder: Path) -> None:
 
 def test_generate_shows_the_path_and_repeats_with_the_seed(folder: Path) -> None:
     arguments = ("generate", "runs/tiny", "--prompt", "stir the onions", "--tokens", "12", "--seed", "7")
-    first = answer(*arguments, cwd=folder)
-    assert first == answer(*arguments, cwd=folder)
-    assert first[0]["prompt"] == "stir the onions"
-    assert first[0]["paths"][0] in {"0.0", "0.1", "1.0", "1.1"}
-    fixed = answer(*arguments, "--path", "1.1", cwd=folder)
-    assert list(fixed[0]["paths"]) == ["1.1"]
+    (first,) = answer(*arguments, cwd=folder)
+    assert first["prompt"] == "stir the onions"
+    assert first["paths"][0] in {"0.0", "0.1", "1.0", "1.1"}
+    snapshot, sampling = RunSnapshot.open(folder / "runs" / "tiny"), Sampling(0.8, 40, seed=7)
+    (again,) = continuations(snapshot, ["stir the onions"], Wish(12, sampling))
+    assert json.loads(json.dumps(again.as_dict())) == first
+    (fixed,) = continuations(snapshot, ["stir the onions"], Wish(12, sampling, path="1.1"))
+    assert fixed.paths == ("1.1",)
 
 
 @pytest.mark.parametrize(
@@ -166,15 +176,46 @@ def test_generate_shows_the_path_and_repeats_with_the_seed(folder: Path) -> None
         (["worker", "127.0.0.1:1", "--join", "nowhere.json"], "join file nowhere.json cannot be read"),
     ],
 )
-def test_a_mistake_is_one_sentence_and_a_code(folder: Path, arguments: list[str], sentence: str) -> None:
+def test_a_mistake_is_one_sentence_and_a_code(
+    folder: Path,
+    arguments: list[str],
+    sentence: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
     tiny = (folder / "tiny.yaml").read_text(encoding="utf-8")
     (folder / "wrong.yaml").write_text(tiny.replace("  seed: 0", "  modle: {}\n  seed: 0"), encoding="utf-8")
     (folder / "other.yaml").write_text(tiny.replace("  seed: 0", "  seed: 1"), encoding="utf-8")
-    done = dipaco(*arguments, cwd=folder, timeout=60)
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "argv", ["dipaco", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    errors = capfd.readouterr().err
+    assert ended.value.code == 1
+    assert errors.startswith("dipaco: ")
+    assert sentence in errors
+    assert len(errors.splitlines()) == 1, errors
+
+
+def test_a_run_directory_of_another_version_is_refused_and_left_alone(folder: Path) -> None:
+    strange = folder / "runs" / "strange"
+    strange.mkdir()
+    with contextlib.closing(sqlite3.connect(strange / "state.db")) as database:
+        database.execute("PRAGMA user_version=99")
+    done = dipaco("run", "tiny.yaml", "--run-dir", "runs/strange", cwd=folder)
     assert done.returncode == 1
-    assert done.stderr.startswith("dipaco: ")
-    assert sentence in done.stderr
-    assert len(done.stderr.splitlines()) == 1, done.stderr
+    assert done.stderr.startswith("dipaco: run directory runs/strange has format 99, this version of dipaco reads")
+    assert len(done.stderr.splitlines()) == 1
+    assert not (strange / "usage.json").exists()
+
+
+def test_a_run_directory_that_is_in_use_is_refused(folder: Path) -> None:
+    with (folder / "runs" / "tiny" / "lock").open("a+") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        done = dipaco("coordinator", "tiny.yaml", "--run-dir", "runs/tiny", "--listen", "127.0.0.1:0", cwd=folder)
+    assert done.returncode == 1
+    assert "runs/tiny is locked by another coordinator" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
 
 
 @pytest.mark.slow
@@ -205,8 +246,6 @@ def test_a_run_that_is_stopped_says_how_to_go_on_and_ends_the_same(
 
 def _rows(run_dir: Path) -> str:
     """All rows of a run's journal as text; nothing before it is there."""
-    import sqlite3
-
     if not (run_dir / "state.db").is_file():
         return ""
     connection = sqlite3.connect(f"file:{run_dir / 'state.db'}?mode=ro", uri=True)
