@@ -1,5 +1,4 @@
 # One environment, .venv, made with the python3 at hand and stamped, so that it is installed once per change of its pins.
-.RECIPEPREFIX := >
 .DELETE_ON_ERROR:
 SHELL := /bin/sh
 
@@ -13,40 +12,40 @@ PINS := pyproject.toml constraints.txt
 .PHONY: help quickstart test test-slow lint format bench stubs
 
 help: ## this list
-> @grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 22
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 22
 
 quickstart: .venv/ready ## train, evaluate and use a 2x2 DiPaCo on this machine (about 8 minutes on 2 cores)
-> .venv/bin/dipaco run configs/quickstart.yaml --workers $(WORKERS)
+	.venv/bin/dipaco run configs/quickstart.yaml --workers $(WORKERS)
 
 test: .venv/ready-dev ## every test but those that take minutes
-> .venv/bin/pytest -m "not slow"
+	.venv/bin/pytest -m "not slow"
 
 test-slow: .venv/ready-dev ## the tests that take minutes
-> .venv/bin/pytest -m slow
+	.venv/bin/pytest -m slow
 
 lint: .venv/ready-dev ## formatting, lint, types
-> .venv/bin/ruff format --check .
-> .venv/bin/ruff check .
-> .venv/bin/mypy
+	.venv/bin/ruff format --check .
+	.venv/bin/ruff check .
+	.venv/bin/mypy
 
 format: .venv/ready-dev ## rewrite formatting and what the linter can mend
-> .venv/bin/ruff format .
-> .venv/bin/ruff check --fix .
+	.venv/bin/ruff format .
+	.venv/bin/ruff check --fix .
 
 bench: .venv/ready-dev ## the measurements quoted in the README
-> .venv/bin/python scripts/measure_many_paths.py
+	.venv/bin/python scripts/measure_many_paths.py
 
 stubs: .venv/ready-dev ## protocol/dipaco.proto -> the committed stubs
-> .venv/bin/python scripts/generate_stubs.py
+	.venv/bin/python scripts/generate_stubs.py
 
 .venv/bin/python:
-> @[ -n "$(PYTHON)" ] || { echo "no Python 3.11, 3.12 or 3.13 found on the PATH; name one: make PYTHON=/path/to/python3" >&2; exit 1; }
-> $(PYTHON) -m venv .venv
+	@[ -n "$(PYTHON)" ] || { echo "no Python 3.11, 3.12 or 3.13 found on the PATH; name one: make PYTHON=/path/to/python3" >&2; exit 1; }
+	$(PYTHON) -m venv .venv
 
 .venv/ready: $(PINS) | .venv/bin/python
-> .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[report]'
-> touch $@
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[report]'
+	touch $@
 
 .venv/ready-dev: $(PINS) | .venv/bin/python
-> .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[report,data,dev]'
-> touch .venv/ready $@
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[report,data,dev]'
+	touch .venv/ready $@
