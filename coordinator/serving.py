@@ -12,7 +12,9 @@ from typing import Any
 from configs.load import resume_difference, to_yaml
 from configs.schema import Config
 from coordinator.coordinator import Coordinator
+from coordinator.events import EventLog
 from coordinator.journal import Journal, RunLock, RunUnusable
+from coordinator.recording import Recording
 from coordinator.server import start_server
 from protocol.security import load_security
 
@@ -86,15 +88,19 @@ async def serve_until(
 ) -> None:
     """Serve a prepared run directory until the run is over or `stopped` is set; raises what `serve` does."""
     coordinator = Coordinator(config, run_dir, say)
+    log = EventLog(run_dir)
+    recording = Recording(coordinator, log)
+    noting: asyncio.Task[None] | None = None
     try:
         coordinator.open()
         server = await start_server(
-            coordinator,
+            recording,
             listen,
             security=load_security(run_dir),
             insecure=insecure,
             chunk_bytes=config.execution.chunk_bytes,
         )
+        noting = asyncio.create_task(recording.watch())
         try:
             (run_dir / "address").write_text(f"{server.address}\n", encoding="utf-8")
             ready(str(server.address))
@@ -102,7 +108,11 @@ async def serve_until(
         finally:
             await server.stop()
     finally:
+        if noting is not None:
+            noting.cancel()
+            await asyncio.gather(noting, return_exceptions=True)
         await coordinator.close()
+        log.close()
     if coordinator.paused:
         raise RunPaused(f"{coordinator.paused}; mend it and start the same command again")
 

@@ -1,8 +1,8 @@
 """What a person sees of a run: stages, phases, workers, losses, bytes and the time left. Pure.
 
 Keys of a status: `run`, `stage` (names running), `stages` [name, kind, status, done, total], `phase`, `num_phases`,
-`workers` [id, name, task, steps, steps_total, loss, tokens_per_s, last_seen_s], `tasks` {ready, leased, done},
-`losses` {path id: mean loss of its latest task}, `baseline_losses` {model: the same}, `tokens`, `steps` (in weights),
+`workers` [id, name, task, steps, steps_total, loss, tokens_per_s, last_seen_s], `tasks` {ready, leasable, leased,
+done}, `losses` {path id: mean loss of its latest task}, `baseline_losses` {model: the same}, `tokens`, `steps` (in weights),
 `bytes` {modules, outer_gradients, inner_state, other}, `eta_s` (None while unknown), `finished`, `paused`.
 """
 
@@ -12,7 +12,7 @@ from collections import defaultdict
 from typing import Any
 
 from coordinator.plan import BASE, MIXTURE, TRAINING, Plan
-from coordinator.state import Stage, State, Worker
+from coordinator.state import Stage, State, Task, Worker
 
 RATE_WINDOW = 24
 CATEGORIES = ("modules", "outer_gradients", "inner_state", "other")
@@ -62,6 +62,7 @@ def status_of(plan: Plan, state: State, tally: Tally, now: float) -> dict[str, A
         "workers": [_worker(plan, state, worker, now) for worker in state.workers.values()],
         "tasks": {
             "ready": sum(task.status == "ready" for task in open_tasks),
+            "leasable": sum(task.status == "ready" and _may_be_leased(plan, state, task) for task in open_tasks),
             "leased": sum(task.status == "leased" for task in open_tasks),
             "done": tally.done,
         },
@@ -74,6 +75,13 @@ def status_of(plan: Plan, state: State, tally: Tally, now: float) -> dict[str, A
         "finished": state.standing.finished,
         "paused": state.standing.paused,
     }
+
+
+def _may_be_leased(plan: Plan, state: State, task: Task) -> bool:
+    """Whether a ready task waits for a worker, not for a module or for the coordinator itself."""
+    if task.kind != "TRAIN":
+        return not task.local
+    return plan.is_trainable(state, state.stages[task.stage], task)
 
 
 def _stage(plan: Plan, state: State, tally: Tally, stage: Stage) -> dict[str, Any]:
