@@ -2,8 +2,8 @@
 
 Keys of a status: `run`, `stage` (names running), `stages` [name, kind, status, done, total], `phase`, `num_phases`,
 `workers` [id, name, task, steps, steps_total, loss, tokens_per_s, last_seen_s], `tasks` {ready, leasable, leased,
-done}, `losses` {path id: mean loss of its latest task}, `baseline_losses` {model: the same}, `tokens`, `steps` (in weights),
-`bytes` {modules, outer_gradients, inner_state, other}, `eta_s` (None while unknown), `finished`, `paused`.
+done}, `losses` {path id: mean loss of its latest task}, `baseline_losses` {model: the same}, `tokens`, `steps` (in the
+weights), `bytes` {modules, outer_gradients, inner_state, other}, `eta_s` (None while unknown), `finished`, `paused`.
 """
 
 from __future__ import annotations
