@@ -31,8 +31,6 @@ def arrange(centres: Float64[np.ndarray, "K G"], topology: Topology) -> Int64[np
     """
     assert len(centres) == topology.num_paths, f"{len(centres)} centres for {topology.num_paths} paths"
     shared, distances = shared_modules(topology), squared_distances(centres, centres)
-    if not shared.any():
-        return np.arange(len(centres))
     if len(centres) <= EXHAUSTIVE_UP_TO:
         orders = np.array(list(permutations(range(len(centres)))))
     else:

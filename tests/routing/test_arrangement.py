@@ -109,7 +109,7 @@ def test_the_order_is_the_same_every_time_and_stays_where_none_is_better(modules
     assert np.array_equal(arrange(shuffled, grid), arrange(shuffled, grid))
 
 
-@pytest.mark.parametrize("modules", [(4,), (1, "path")])
+@pytest.mark.parametrize("modules", [(4,), (9,), (1, "path")])
 def test_paths_that_share_nothing_keep_their_order(modules: tuple[int | Literal["path"], ...]) -> None:
     grid = topology(*modules)
     assert arrange(np.random.default_rng(0).normal(size=(grid.num_paths, 3)), grid).tolist() == [*range(grid.num_paths)]
