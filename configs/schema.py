@@ -79,7 +79,7 @@ class CorpusConfig(Section):
 
 
 class TokenizerConfig(Section):
-    """`bpe` trains byte-level BPE on a sample of the train split, `bytes` needs nothing, `file` is any tokenizer.json."""
+    """`bpe` trains byte-level BPE on a sample of the train split, `bytes` needs nothing, `file` is a tokenizer.json."""
 
     kind: Literal["bpe", "bytes", "file"] = "bpe"
     vocab_size: PositiveInt = 1024

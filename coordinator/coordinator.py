@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.schema import Config
+from coordinator.decisions import Decision, StepDue
 from coordinator.executor import Executor
 from coordinator.handlers import (
     HeartbeatAnswer,
@@ -30,7 +31,7 @@ from coordinator.handlers import (
 )
 from coordinator.jobs import Jobs
 from coordinator.journal import Journal, RunUnusable
-from coordinator.machine import Decision, Machine, StepDue
+from coordinator.machine import Machine
 from coordinator.outer import contribution_weights
 from coordinator.plan import Plan
 from coordinator.spool import Spool
@@ -123,7 +124,7 @@ class Coordinator:
         self._dispatch()
         while not (self.finished or self.paused):
             self._check_room()
-            decision = self._machine.expire(time.monotonic())
+            decision = self._machine.leases.expire(time.monotonic())
             for row in decision.rows:
                 if isinstance(row, Task):
                     self.say(f"task {row.task_id} is available again: its lease ran out")
@@ -254,7 +255,7 @@ class Coordinator:
     # --- what the service calls -------------------------------------------------------------------------------------
 
     async def hello(self, args: HelloArgs) -> HelloAnswer:
-        worker_id = self._machine.register(args.worker_id, args.worker_name, args.capabilities, time.monotonic())
+        worker_id = self._machine.leases.register(args.worker_id, args.worker_name, args.capabilities, time.monotonic())
         self.say(f"worker {args.worker_name} {'is back' if args.worker_id else 'joined'} as {worker_id}")
         return HelloAnswer(
             worker_id, self.config.name, self.config.model_dump_json(), self.config.execution.heartbeat_s
@@ -263,7 +264,7 @@ class Coordinator:
     async def lease(self, worker_id: str, wait_s: float, cached_digests: frozenset[str]) -> LeaseAnswer:
         until = time.monotonic() + min(wait_s, MAX_WAIT_S)
         while True:
-            lease = self._machine.lease(worker_id, cached_digests, time.monotonic())
+            lease = self._machine.leases.lease(worker_id, cached_digests, time.monotonic())
             self._store_durably(lease.decision)
             self._machine.apply(lease.decision)
             if lease.task is not None:
@@ -281,7 +282,7 @@ class Coordinator:
             await self._sleep(remaining)
 
     async def heartbeat(self, args: HeartbeatArgs) -> HeartbeatAnswer:
-        lost, lease_s = self._machine.heartbeat(
+        lost, lease_s = self._machine.leases.heartbeat(
             args.worker_id, args.task_id, args.fence, args.steps, args.loss, args.tokens, time.monotonic()
         )
         return HeartbeatAnswer(lost, lease_s)
@@ -289,7 +290,7 @@ class Coordinator:
     async def complete(self, worker_id: str, task_id: str, fence: int, result: TaskResult) -> bool:
         if self._journal.has_metric(task_id):
             return True
-        task = self._machine.held_task(task_id, fence)
+        task = self._machine.leases.held_task(task_id, fence)
         verified = self._spool.verified(task_id, fence)
         for name, ref in result.outputs.items():
             if verified.get(name) != ref:
@@ -320,7 +321,7 @@ class Coordinator:
                 self._start((model, module_id, task.phase, shard), add)
 
     async def release(self, args: ReleaseArgs) -> None:
-        decision = self._machine.release(
+        decision = self._machine.leases.release(
             args.worker_id, args.task_id, args.fence, args.reason, args.leaving, time.monotonic()
         )
         if args.reason:
@@ -338,11 +339,11 @@ class Coordinator:
         return path
 
     async def upload_offset(self, task_id: str, fence: int, digest: str) -> int:
-        self._machine.held_task(task_id, fence)
+        self._machine.leases.held_task(task_id, fence)
         return self._spool.offset(task_id, fence, digest)
 
     async def begin_upload(self, header: UploadHeader) -> UploadSink:
-        task = self._machine.held_task(header.task_id, header.fence)
+        task = self._machine.leases.held_task(header.task_id, header.fence)
         expected = self._machine.expected_outputs(task)
         return await asyncio.to_thread(Upload, self._spool, header, expected, self._count)
 

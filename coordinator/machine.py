@@ -12,43 +12,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from coordinator.decisions import Decision, StepDue
 from coordinator.expected import ExpectedOutput
+from coordinator.leases import Leases
 from coordinator.plan import TRAINING, Plan
+from coordinator.stage_steps import StageSteps
 from coordinator.state import Module, Row, Shard, Stage, State, Task, Worker
-from protocol.errors import RejectedTensor, StaleLease, UnknownTask, UnknownWorker
-from protocol.tasks import BlobRef, Capabilities, Message, TaskResult
-
-NUMERIC_KINDS = ("FEATURIZE", "TRAIN", "EVALUATE")
-
-
-@dataclass(frozen=True, slots=True)
-class Decision:
-    """What to store (in one transaction) and then to apply."""
-
-    rows: tuple[Row, ...] = ()
-    metrics: tuple[dict[str, Any], ...] = ()
-    obsolete: tuple[str, ...] = ()
-    finished_tasks: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Lease:
-    """A task handed out (`task` set), or why there is none."""
-
-    decision: Decision = Decision()
-    task: Task | None = None
-    spec: Message | None = None
-    waiting_for: str = ""
-    finished: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class StepDue:
-    """A module whose contributions for its version are all in: (shard, training tokens, blob) in shard order."""
-
-    model: str
-    module: Module
-    contributions: tuple[tuple[int, int, BlobRef], ...]
+from protocol.errors import RejectedTensor
+from protocol.tasks import BlobRef, TaskResult
 
 
 @dataclass(slots=True)
@@ -75,9 +46,8 @@ class Machine:
     def __init__(self, plan: Plan, state: State, random_generator: random.Random) -> None:
         self.plan = plan
         self.state = state
-        self.execution = plan.config.execution
-        self._random = random_generator
-        self._stage_order: dict[str, int] = {stage.name: index for index, stage in enumerate(plan.stages())}
+        self.steps = StageSteps(plan)
+        self.leases = Leases(plan, state, random_generator)
 
     # --- opening and advancing --------------------------------------------------------------------------------------
 
@@ -89,8 +59,7 @@ class Machine:
 
     def resume(self, now: float) -> Decision:
         """After a restart every live lease gets one fresh deadline, and a pause is lifted with its failures."""
-        leased = [task for task in self.state.tasks.values() if task.status == "leased"]
-        self.state.deadlines = {task.task_id: now + self.execution.lease_s for task in leased}
+        self.leases.renew_all(now)
         if not self.state.standing.paused:
             return Decision()
         rows: list[Row] = [replace(task, failures=()) for task in self.state.tasks.values() if task.failures]
@@ -113,7 +82,7 @@ class Machine:
         view = draft.view()
         for stage in view.stages.values():
             if stage.status == "waiting" and all(view.stages[name].status == "done" for name in stage.after):
-                draft.put([replace(stage, status="running", started_s=wall_s), *self.plan.begin(view, stage)])
+                draft.put([replace(stage, status="running", started_s=wall_s), *self.steps.begin(view, stage)])
                 return True
             if stage.status == "running" and self._step_is_over(view, stage):
                 self._next_step(draft, view, stage, wall_s)
@@ -129,180 +98,21 @@ class Machine:
         return all(task.status == "done" for task in view.tasks_of(stage.name))
 
     def _next_step(self, draft: _Draft, view: State, stage: Stage, wall_s: float) -> None:
-        tasks = None if stage.kind in TRAINING else self.plan.proceed(view, stage)
+        tasks = None if stage.kind in TRAINING else self.steps.proceed(view, stage)
         if tasks is not None:
             step = stage.step + 1
             draft.put([replace(stage, step=step), *(replace(task, step=step) for task in tasks)])
             return
-        result, rows = self.plan.conclude(view, stage)
+        result, rows = self.steps.conclude(view, stage)
         draft.put([replace(stage, status="done", finished_s=wall_s, result=result), *rows])
 
-    # --- workers ----------------------------------------------------------------------------------------------------
-
-    def register(self, worker_id: str, name: str, capabilities: Capabilities, now: float) -> str:
-        """A worker says hello, for the first time (empty id) or after a reconnection. Returns its id."""
-        worker_id = worker_id or f"w{self._random.getrandbits(48):012x}"
-        held = [task for task in self.state.tasks.values() if task.status == "leased" and task.worker_id == worker_id]
-        task_id = held[0].task_id if held else ""
-        self.state.workers[worker_id] = Worker(worker_id, name, capabilities, now, task_id=task_id)
-        return worker_id
-
-    def _worker(self, worker_id: str, now: float) -> Worker:
-        worker = self.state.workers.get(worker_id)
-        if worker is None:
-            raise UnknownWorker(f"worker {worker_id!r} is not known here; say hello again")
-        worker.last_seen_s = now
-        return worker
-
-    def lease(self, worker_id: str, cached: frozenset[str], now: float) -> Lease:
-        """The best task the worker can do now, under a new fence; or why there is none.
-
-        A worker that holds a lease is given the same one again: it did not get the reply.
-        """
-        worker = self._worker(worker_id, now)
-        if self.state.standing.finished:
-            return Lease(finished=True, waiting_for="the run is finished")
-        if self.state.standing.paused:
-            return Lease(waiting_for=f"the run is paused: {self.state.standing.paused}")
-        held = self.state.tasks.get(worker.task_id)
-        if held is not None and held.status == "leased" and held.worker_id == worker_id:
-            self.state.deadlines[held.task_id] = now + self.execution.lease_s
-            return Lease(task=held, spec=self.spec(held))
-        reasons: list[str] = []
-        candidates = sorted(self._leasable(), key=lambda task: self._preference(task, worker, cached))
-        offers = (offer for task in candidates if (offer := self._offer(task, worker, reasons)) is not None)
-        task, spec = next(offers, (None, None))
-        if task is None or spec is None:
-            return Lease(waiting_for=reasons[0] if reasons else "no task is ready")
-        leased = replace(task, status="leased", worker_id=worker_id, fence=task.fence + 1)
-        stage = self.state.stages[task.stage]
-        pinned = [replace(stage, fingerprint=worker.capabilities.fingerprint)] if self._pins(stage, task) else []
-        self.state.deadlines[task.task_id] = now + self.execution.lease_s
-        worker.task_id, worker.steps, worker.tokens, worker.lease_started_s = task.task_id, 0, 0, now
-        return Lease(Decision((leased, *pinned)), leased, spec)
-
-    def _leasable(self) -> list[Task]:
-        ready = (task for task in self.state.tasks.values() if task.status == "ready" and not task.local)
-        return [
-            task
-            for task in ready
-            if task.kind != "TRAIN" or self.plan.is_trainable(self.state, self.state.stages[task.stage], task)
-        ]
-
-    def _offer(self, task: Task, worker: Worker, reasons: list[str]) -> tuple[Task, Message] | None:
-        """The task with its spec, if the worker can honour its numerics, memory and fingerprint class."""
-        stage = self.state.stages[task.stage]
-        spec = self.spec(task)
-        refusal = self._refusal(task, stage, spec, worker)
-        if refusal:
-            reasons.append(refusal)
-            return None
-        return task, spec
-
-    def spec(self, task: Task) -> Message:
-        """The spec of a task as it would be leased now."""
-        if task.kind == "TRAIN":
-            return self.plan.train_spec(self.state, self.state.stages[task.stage], task)
-        return self.plan.stored_spec(task)
-
-    def _refusal(self, task: Task, stage: Stage, spec: Any, worker: Worker) -> str:
-        offered = worker.capabilities
-        if spec.required_bytes > offered.memory_bytes:
-            return (
-                f"task {task.task_id} needs {spec.required_bytes / 1e9:.2f} GB of memory and this worker offers "
-                f"{offered.memory_bytes / 1e9:.2f} GB; lower numerics.micro_batch_rows, set checkpoint_activations, "
-                "or use a larger machine"
-            )
-        if task.kind not in NUMERIC_KINDS:
-            return ""
-        numerics = spec.numerics
-        if numerics.device != "auto" and numerics.device not in offered.devices:
-            return f"task {task.task_id} needs device {numerics.device}; this worker has {', '.join(offered.devices)}"
-        if numerics.threads > offered.threads:
-            return f"task {task.task_id} needs {numerics.threads} threads; this worker offers {offered.threads}"
-        if self._is_strict() and stage.fingerprint not in ("", offered.fingerprint):
-            return (
-                f"stage {stage.name} is pinned to {stage.fingerprint!r} (determinism: strict) and this worker is "
-                f"{offered.fingerprint!r}"
-            )
-        return ""
-
-    def _is_strict(self) -> bool:
-        return self.plan.experiment.determinism == "strict"
-
-    def _pins(self, stage: Stage, task: Task) -> bool:
-        return self._is_strict() and not stage.fingerprint and task.kind in NUMERIC_KINDS
-
-    def _preference(self, task: Task, worker: Worker, cached: frozenset[str]) -> tuple[Any, ...]:
-        """Earlier phases first, then what this worker has not failed at, then what it holds the inner state of."""
-        failed_here = any(reason.startswith(f"{worker.name}: ") for reason in task.failures)
-        shard = self.state.shards.get(f"{self.state.stages[task.stage].model}/{task.subject}")
-        inner_state = shard.inner_state if shard and task.kind == "TRAIN" else None
-        misses = inner_state is not None and inner_state.digest not in cached
-        return task.phase, failed_here, self._stage_order[task.stage], misses
-
-    def heartbeat(
-        self, worker_id: str, task_id: str, fence: int, steps: int, loss: float, tokens: int, now: float
-    ) -> tuple[bool, float]:
-        """Extend a lease. Returns (lost, seconds until it ends)."""
-        worker = self._worker(worker_id, now)
-        task = self.state.tasks.get(task_id)
-        if task is None or not _holds(task, worker_id, fence):
-            return True, 0.0
-        worker.task_id, worker.steps, worker.loss, worker.tokens = task_id, steps, loss, tokens
-        self.state.deadlines[task_id] = now + self.execution.lease_s
-        return False, self.execution.lease_s
-
-    def release(self, worker_id: str, task_id: str, fence: int, reason: str, leaving: bool, now: float) -> Decision:
-        """The worker gives a task back, with a reason as a failed attempt; too many of these pause the run."""
-        worker = self._worker(worker_id, now)
-        worker.task_id = ""
-        if leaving:
-            del self.state.workers[worker_id]
-        task = self.state.tasks.get(task_id)
-        if task is None or not _holds(task, worker_id, fence):
-            return Decision()
-        return Decision(self._returned(task, f"{worker.name}: {reason}" if reason else ""))
-
-    def _returned(self, task: Task, failure: str) -> tuple[Row, ...]:
-        self.state.deadlines.pop(task.task_id, None)
-        failures = (*task.failures, failure) if failure else task.failures
-        back = replace(task, status="ready", worker_id="", failures=failures)
-        if failure and len(failures) >= self.execution.max_attempts:
-            reason = f"task {task.task_id} failed {len(failures)} times ({'; '.join(failures)})"
-            return back, replace(self.state.standing, paused=reason)
-        return (back,)
-
-    def expire(self, now: float) -> Decision:
-        """Leases whose deadline has passed are available again; silent workers are forgotten."""
-        overdue = [task_id for task_id, deadline in self.state.deadlines.items() if deadline < now]
-        rows: list[Row] = []
-        for task_id in overdue:
-            del self.state.deadlines[task_id]
-            task = self.state.tasks.get(task_id)
-            if task is not None and task.status == "leased":
-                rows.append(replace(task, status="ready", worker_id=""))
-        silent = [w.worker_id for w in self.state.workers.values() if w.last_seen_s + 5 * self.execution.lease_s < now]
-        for worker_id in silent:
-            del self.state.workers[worker_id]
-        return Decision(tuple(rows))
-
     # --- results ----------------------------------------------------------------------------------------------------
-
-    def held_task(self, task_id: str, fence: int) -> Task:
-        """The task of a live lease; raises UnknownTask or StaleLease."""
-        task = self.state.tasks.get(task_id)
-        if task is None:
-            raise UnknownTask(f"there is no open task {task_id!r}")
-        if task.status != "leased" or task.fence != fence:
-            raise StaleLease(f"the lease of task {task_id} under fence {fence} has ended; drop the task")
-        return task
 
     def expected_outputs(self, task: Task) -> dict[str, ExpectedOutput]:
         """What each output of a task must be, by name."""
         if task.kind == "TRAIN":
             return self._expected_of_training(task)
-        spec: Any = self.spec(task)
+        spec: Any = self.leases.spec(task)
         if task.kind == "PACK":
             return {"tokens": ExpectedOutput.tokens()}
         if task.kind == "EVALUATE":
@@ -323,8 +133,8 @@ class Machine:
         self, worker_id: str, task_id: str, fence: int, result: TaskResult, now: float, wall_s: float
     ) -> Decision:
         """All outputs of a task count. Raises StaleLease, UnknownTask or RejectedTensor."""
-        worker = self._worker(worker_id, now)
-        task = self.held_task(task_id, fence)
+        worker = self.leases.known(worker_id, now)
+        task = self.leases.held_task(task_id, fence)
         expected = self.expected_outputs(task)
         if set(result.outputs) != set(expected):
             raise RejectedTensor(f"task {task_id} has outputs {sorted(result.outputs)}, expected {sorted(expected)}")
@@ -406,8 +216,8 @@ class Machine:
     def module_stepped(self, due: StepDue, params: BlobRef, momentum: BlobRef | None, wall_s: float) -> Decision:
         """The new version is durable: publish it, and let go of what it was made of."""
         old = due.module
-        kept = (old.params, *old.history)[: self.execution.keep_versions - 1]
-        dropped = (old.params, *old.history)[self.execution.keep_versions - 1 :]
+        kept = (old.params, *old.history)[: self.plan.config.execution.keep_versions - 1]
+        dropped = (old.params, *old.history)[self.plan.config.execution.keep_versions - 1 :]
         draft = _Draft(self.state)
         stepped = replace(old, version=old.version + 1, params=params, momentum=momentum, history=kept)
         draft.put([stepped])
@@ -467,10 +277,6 @@ class Machine:
     def referenced(self) -> set[str]:
         """Digests that some row needs; everything else in the store is garbage."""
         return referenced_digests(self.state)
-
-
-def _holds(task: Task, worker_id: str, fence: int) -> bool:
-    return task.status == "leased" and task.worker_id == worker_id and task.fence == fence
 
 
 def referenced_digests(state: State) -> set[str]:

@@ -68,7 +68,7 @@ def test_a_file_that_is_no_database_is_named(tmp_path: Path) -> None:
 
 
 def test_reading_needs_a_run(tmp_path: Path) -> None:
-    with pytest.raises(RunUnusable, match="holds no state.db"):
+    with pytest.raises(RunUnusable, match=r"holds no state\.db"):
         Journal(tmp_path, read_only=True)
 
 

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from configs.schema import Config
-from coordinator.machine import Decision, Machine, referenced_digests
+from coordinator.decisions import Decision
+from coordinator.machine import Machine, referenced_digests
 from coordinator.plan import Plan
 from coordinator.state import State, Task
 from protocol.errors import RejectedTensor, StaleLease, UnknownTask, UnknownWorker
@@ -103,16 +104,16 @@ class Driver:
                 return
 
     def hello(self, name: str, capabilities: Capabilities = OFFER) -> str:
-        return self.machine.register("", name, capabilities, self.now)
+        return self.machine.leases.register("", name, capabilities, self.now)
 
     def lease(self, worker_id: str) -> Task | None:
-        lease = self.machine.lease(worker_id, frozenset(), self.now)
+        lease = self.machine.leases.lease(worker_id, frozenset(), self.now)
         self.commit(lease.decision)
         return lease.task
 
     def result(self, task: Task) -> TaskResult:
         """A pure function of the task, as a real one would be."""
-        spec = self.machine.spec(task).model_dump_json()
+        spec = self.machine.leases.spec(task).model_dump_json()
         outputs = {name: ref(task.task_id, spec, name) for name in self.machine.expected_outputs(task)}
         steps = 2 if task.kind == "TRAIN" else 0
         return TaskResult(
@@ -181,7 +182,7 @@ def test_faults_change_nothing_in_the_result(data: st.DataObject) -> None:
         _act(driver, held, worker, action)
     while not driver.finished:
         driver.now += 100.0
-        driver.commit(driver.machine.expire(driver.now))
+        driver.commit(driver.machine.leases.expire(driver.now))
         driver.finish(driver.hello("last"))
     assert driver.versions() == reference.versions()
     assert sorted(m["task_id"] for m in driver.metrics) == sorted(m["task_id"] for m in reference.metrics)
@@ -189,7 +190,7 @@ def test_faults_change_nothing_in_the_result(data: st.DataObject) -> None:
 
 def _act(driver: Driver, held: dict[str, Task], worker: str, action: str) -> None:
     if worker not in driver.machine.state.workers:
-        driver.machine.register(worker, worker, OFFER, driver.now)
+        driver.machine.leases.register(worker, worker, OFFER, driver.now)
     task = held.get(worker)
     if action == "restart":
         driver.restart()
@@ -200,9 +201,9 @@ def _act(driver: Driver, held: dict[str, Task], worker: str, action: str) -> Non
             assert driver.lease(worker) == leased
     elif action == "vanish":
         driver.now += 11.0
-        driver.commit(driver.machine.expire(driver.now))
+        driver.commit(driver.machine.leases.expire(driver.now))
     elif task is not None and action == "give back":
-        driver.commit(driver.machine.release(worker, task.task_id, task.fence, "", False, driver.now))
+        driver.commit(driver.machine.leases.release(worker, task.task_id, task.fence, "", False, driver.now))
         del held[worker]
     elif task is not None:
         with contextlib.suppress(StaleLease, UnknownTask):
@@ -217,7 +218,7 @@ def test_a_stale_result_changes_nothing() -> None:
     task = driver.lease(first)
     assert task is not None
     driver.now = 11.0
-    driver.commit(driver.machine.expire(driver.now))
+    driver.commit(driver.machine.leases.expire(driver.now))
     again = driver.lease(second)
     assert again is not None
     while again.task_id != task.task_id:
@@ -229,7 +230,7 @@ def test_a_stale_result_changes_nothing() -> None:
     with pytest.raises(StaleLease, match="drop the task"):
         driver.complete(first, task)
     assert driver.stored == before
-    assert driver.machine.heartbeat(first, task.task_id, task.fence, 1, 0.0, 1, driver.now) == (True, 0.0)
+    assert driver.machine.leases.heartbeat(first, task.task_id, task.fence, 1, 0.0, 1, driver.now) == (True, 0.0)
 
 
 def test_heartbeats_keep_a_lease_alive() -> None:
@@ -239,8 +240,8 @@ def test_heartbeats_keep_a_lease_alive() -> None:
     assert task is not None
     for _ in range(5):
         driver.now += 8.0
-        lost, _ = driver.machine.heartbeat(worker, task.task_id, task.fence, 1, 2.0, 3, driver.now)
-        driver.commit(driver.machine.expire(driver.now))
+        lost, _ = driver.machine.leases.heartbeat(worker, task.task_id, task.fence, 1, 2.0, 3, driver.now)
+        driver.commit(driver.machine.leases.expire(driver.now))
         assert not lost
     driver.complete(worker, task)
 
@@ -257,7 +258,7 @@ def test_wrong_outputs_are_refused() -> None:
 
 def test_an_unknown_worker_is_told_to_say_hello() -> None:
     with pytest.raises(UnknownWorker, match="say hello"):
-        Driver(make_config()).machine.lease("w0", frozenset(), 0.0)
+        Driver(make_config()).machine.leases.lease("w0", frozenset(), 0.0)
 
 
 def test_a_task_that_keeps_failing_pauses_the_run_with_the_reasons() -> None:
@@ -269,9 +270,9 @@ def test_a_task_that_keeps_failing_pauses_the_run_with_the_reasons() -> None:
         assert task is not None
         assert task_id in ("", task.task_id)
         task_id = task.task_id
-        driver.commit(driver.machine.release(worker, task_id, task.fence, "out of memory", False, 0.0))
+        driver.commit(driver.machine.leases.release(worker, task_id, task.fence, "out of memory", False, 0.0))
     assert "failed 3 times" in driver.machine.state.standing.paused
-    lease = driver.machine.lease(driver.hello("new"), frozenset(), 0.0)
+    lease = driver.machine.leases.lease(driver.hello("new"), frozenset(), 0.0)
     assert lease.task is None
     assert "paused" in lease.waiting_for
     driver.restart()
@@ -283,7 +284,7 @@ def until_training(driver: Driver) -> str:
     worker = driver.hello("packer")
     while (task := driver.lease(worker)) is not None:
         if task.kind == "TRAIN":
-            driver.commit(driver.machine.release(worker, task.task_id, task.fence, "", False, driver.now))
+            driver.commit(driver.machine.leases.release(worker, task.task_id, task.fence, "", False, driver.now))
             return worker
         driver.complete(worker, task)
     raise AssertionError("no TRAIN task came")
@@ -293,7 +294,7 @@ def test_a_worker_with_too_little_memory_is_told_so() -> None:
     driver = Driver(make_config())
     until_training(driver)
     small = driver.hello("small", OFFER.model_copy(update={"memory_bytes": 1000}))
-    lease = driver.machine.lease(small, frozenset(), 0.0)
+    lease = driver.machine.leases.lease(small, frozenset(), 0.0)
     assert lease.task is None
     assert "GB of memory and this worker offers" in lease.waiting_for
 
@@ -302,7 +303,7 @@ def test_strict_determinism_pins_a_stage_to_one_class() -> None:
     driver = Driver(make_config())
     until_training(driver)
     other = driver.hello("other", OFFER.model_copy(update={"fingerprint": "b"}))
-    assert "pinned to 'a'" in driver.machine.lease(other, frozenset(), 0.0).waiting_for
+    assert "pinned to 'a'" in driver.machine.leases.lease(other, frozenset(), 0.0).waiting_for
     free = Driver(make_config(determinism="any"))
     until_training(free)
     assert free.lease(free.hello("other", OFFER.model_copy(update={"fingerprint": "b"}))) is not None
@@ -313,7 +314,7 @@ def test_a_device_that_is_missing_is_named() -> None:
     worker = driver.hello("cpu only")
     while (task := driver.lease(worker)) is not None:
         driver.complete(worker, task)
-    assert "needs device cuda" in driver.machine.lease(worker, frozenset(), 0.0).waiting_for
+    assert "needs device cuda" in driver.machine.leases.lease(worker, frozenset(), 0.0).waiting_for
 
 
 def test_no_task_waits_for_modules_of_other_paths() -> None:

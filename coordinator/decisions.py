@@ -1,0 +1,39 @@
+"""What decisions come to: rows to store and apply, a lease, a module step that is due."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from coordinator.state import Module, Row, Task
+from protocol.tasks import BlobRef, Message
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What to store (in one transaction) and then to apply."""
+
+    rows: tuple[Row, ...] = ()
+    metrics: tuple[dict[str, Any], ...] = ()
+    obsolete: tuple[str, ...] = ()
+    finished_tasks: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """A task handed out (`task` set), or why there is none."""
+
+    decision: Decision = Decision()
+    task: Task | None = None
+    spec: Message | None = None
+    waiting_for: str = ""
+    finished: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class StepDue:
+    """A module whose contributions for its version are all in: (shard, training tokens, blob) in shard order."""
+
+    model: str
+    module: Module
+    contributions: tuple[tuple[int, int, BlobRef], ...]
