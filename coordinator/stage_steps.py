@@ -163,7 +163,7 @@ class StageSteps:
     def _top_n(self) -> int:
         """How many choices of every sequence the division needs: all of them where shards have a capacity."""
         sharding = self.experiment.sharding
-        return self.plan.mixture.num_paths if sharding.capacity is not None else sharding.overlap
+        return self.plan.mixture.num_shards if sharding.capacity is not None else sharding.overlap
 
     def _divide(self, state: State) -> list[Task]:
         del state
