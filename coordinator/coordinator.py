@@ -12,7 +12,9 @@ import random
 import shutil
 import sqlite3
 import time
-from collections.abc import Callable, Coroutine
+from collections import Counter
+from collections.abc import Callable, Coroutine, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -46,6 +48,7 @@ from protocol.tensors import UploadHeader
 MAX_WAIT_S = 30.0
 TICK_S = 0.5
 FAREWELL_S = 10.0
+RECENTLY_S = 60.0
 PARALLEL_STEPS = 2
 
 
@@ -67,6 +70,9 @@ class Coordinator:
         self._tally = Tally()
         self._changed = asyncio.Event()
         self._busy: set[object] = set()
+        self._overdue: set[str] = set()
+        self._landing: Counter[str] = Counter()
+        self._awaited_until = 0.0
         self._background: set[asyncio.Task[None]] = set()
         self._step_slots = asyncio.Semaphore(PARALLEL_STEPS)
         self.failure: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -91,6 +97,7 @@ class Coordinator:
         self._machine.state.forget_tasks(self._machine.consumed())
         self._spool.retain(task.task_id for task in self._machine.state.tasks.values() if task.status == "leased")
         self._recover_store()
+        self._await_workers()
         self._commit(self._machine.resume(time.monotonic()))
         done = sum(stage.status == "done" for stage in self._machine.state.stages.values())
         self.say(
@@ -99,10 +106,14 @@ class Coordinator:
         )
 
     def _recover_store(self) -> None:
-        """Remove what nothing refers to, and make sure that everything referred to is there."""
-        needed = self._machine.referenced()
+        """Remove what nothing refers to, and make sure that everything referred to is there.
+
+        What the spool has recorded may lie in the store alone, where the process ended between moving the outputs of a
+        task and the transaction that makes them count: its worker asks for that transaction again.
+        """
+        needed = self._machine.referenced() | self._spool.recorded()
         held = set(self._store.digests())
-        missing = sorted(digest for digest in needed & self._needed_blobs() if digest not in held)
+        missing = sorted(digest for digest in self._needed_blobs() if digest not in held)
         if missing:
             raise RunUnusable(
                 f"{self.run_dir} lacks {len(missing)} blobs that its journal names (first: {missing[0]}); "
@@ -130,7 +141,19 @@ class Coordinator:
                     self.say(f"task {row.task_id} is available again: its lease ran out")
             if decision.rows:
                 self._commit(decision)
+            self._tell_of_overdue()
             await self._sleep(TICK_S)
+
+    def _tell_of_overdue(self) -> None:
+        """Wake waiting workers where a task has become worth a second holder."""
+        overdue = self._machine.leases.overdue(time.monotonic())
+        if set(overdue) - self._overdue:
+            self._wake()
+        self._overdue = set(overdue)
+
+    def _wake(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()
 
     def _check_room(self) -> None:
         """Stop before the disk is full, while everything can still be written."""
@@ -145,8 +168,17 @@ class Coordinator:
     async def farewell(self) -> None:
         """Give workers the time to hear that the run is finished."""
         until = time.monotonic() + FAREWELL_S
-        while self._machine.state.workers and time.monotonic() < until:
+        while time.monotonic() < max(self._awaited_until, until if self._machine.state.workers else 0.0):
             await asyncio.sleep(0.05)
+
+    def _await_workers(self) -> None:
+        """After a start workers come back that nothing here knows of: even a run that ends at once is there for them.
+
+        One that was finished long ago has none.
+        """
+        ended_s = max(stage.finished_s for stage in self._machine.state.stages.values())
+        if not self.finished or abs(time.time() - ended_s) < RECENTLY_S:
+            self._awaited_until = time.monotonic() + FAREWELL_S
 
     async def close(self) -> None:
         """Stop background work at its next durable point."""
@@ -165,10 +197,9 @@ class Coordinator:
         self._machine.apply(decision)
         if decision.obsolete:
             needed = self._machine.referenced()
-            for digest in set(decision.obsolete) - needed:
+            for digest in set(decision.obsolete) - needed - self._landing.keys():
                 self._store.delete(digest)
-        self._changed.set()
-        self._changed = asyncio.Event()
+        self._wake()
         self._dispatch()
 
     def _store_durably(self, decision: Decision) -> None:
@@ -270,7 +301,7 @@ class Coordinator:
             if lease.task is not None:
                 return LeaseAnswer(
                     lease.task.task_id,
-                    lease.task.fence,
+                    lease.fence,
                     self.config.execution.lease_s,
                     lease.spec,  # type: ignore[arg-type]
                 )
@@ -295,17 +326,32 @@ class Coordinator:
         for name, ref in result.outputs.items():
             if verified.get(name) != ref:
                 raise UnknownBlob(f"output {name} of task {task_id} ({ref.digest}) was not uploaded; upload it again")
-        await asyncio.to_thread(self._spool.commit, task_id, fence, result.outputs)
-        if self._journal.has_metric(task_id):
-            return True
+        with self._landed(ref.digest for ref in result.outputs.values()):
+            await asyncio.to_thread(self._spool.commit, task_id, fence, result.outputs)
+            if self._journal.has_metric(task_id):
+                return True
+            self._count_outputs(worker_id, task_id, fence, result)
+        await asyncio.to_thread(self._spool.discard, task_id)
+        if task.kind == "TRAIN":
+            self._accumulate(task, result.outputs)
+        return False
+
+    def _count_outputs(self, worker_id: str, task_id: str, fence: int, result: TaskResult) -> None:
+        """The transaction of a task whose outputs are durable in the store."""
         decision = self._machine.complete(worker_id, task_id, fence, result, time.monotonic(), time.time())
         if not any(isinstance(row, Standing) for row in decision.rows):
             decision = replace(decision, rows=(*decision.rows, self._machine.state.standing))
         self._commit(decision)
-        self._spool.discard(task_id)
-        if task.kind == "TRAIN":
-            self._accumulate(task, result.outputs)
-        return False
+
+    @contextmanager
+    def _landed(self, digests: Iterable[str]) -> Iterator[None]:
+        """Outputs on their way into the store: another decision that lets go of equal bytes must not delete them."""
+        landing = Counter(digests)
+        self._landing += landing
+        try:
+            yield
+        finally:
+            self._landing -= landing
 
     def _accumulate(self, task: Task, outputs: dict[str, BlobRef]) -> None:
         """Let the executor add the contributions of a task to the sums of its modules while others still train."""

@@ -25,6 +25,7 @@ class Lease:
 
     decision: Decision = Decision()
     task: Task | None = None
+    fence: int = 0
     spec: Message | None = None
     waiting_for: str = ""
     finished: bool = False

@@ -14,7 +14,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import IO, Any
 
-from coordinator.state import Module, Row, Shard, Stage, Standing, Task
+from coordinator.state import Holder, Module, Row, Shard, Stage, Standing, Task
 from protocol.tasks import BlobRef
 
 FORMAT = 1
@@ -158,6 +158,8 @@ def _decode(kind: str, body: dict[str, Any]) -> Row:
             body[name] = tuple(_blob(pair) for pair in body[name])
     if "outputs" in body:
         body["outputs"] = {name: _blob(pair) for name, pair in body["outputs"].items()}
+    if "holders" in body:
+        body["holders"] = tuple(Holder(*pair) for pair in body["holders"])
     for name in ("after", "failures"):
         if name in body:
             body[name] = tuple(body[name])

@@ -1,7 +1,7 @@
 """Leases: which worker gets which task, how long it may hold it, and what takes it away.
 
-Pure like the rest of the state machine. Every lease has a fencing token; a worker holds one at most. DiPaCo Sec 3 (task
-queue, backup pool).
+Pure like the rest of the state machine. Every lease has a fencing token, a worker holds one at most, a task has two
+holders at most: the first complete wins, the other is a no-op. DiPaCo Sec 3 (task queue, backup pool).
 """
 
 from __future__ import annotations
@@ -10,13 +10,20 @@ import random
 from dataclasses import replace
 from typing import Any
 
+from coordinator.arrivals import MIN_ARRIVALS
 from coordinator.decisions import Decision, Lease
 from coordinator.plan import Plan
-from coordinator.state import Row, Stage, State, Task, Worker
+from coordinator.state import Holder, Lifeline, Row, Stage, State, Task, Worker
 from protocol.errors import StaleLease, UnknownTask, UnknownWorker
 from protocol.tasks import Capabilities, Message
 
 NUMERIC_KINDS = ("FEATURIZE", "TRAIN", "EVALUATE")
+# A heartbeat is overdue after so many intervals at the least, whatever was measured.
+BEATS_MISSED = 1.5
+# Steps may stand still for so many measured step times, and so many seconds, before a worker counts as hung.
+STANDSTILL_STEPS, STANDSTILL_S = 3.0, 6.0
+# A backup copy is worth it where the holder needs so many times longer for the rest than another for the whole.
+BACKUP_FACTOR = 1.5
 
 
 class Leases:
@@ -31,15 +38,25 @@ class Leases:
 
     def renew_all(self, now: float) -> None:
         """After a restart every live lease gets one fresh deadline."""
-        leased = [task for task in self.state.tasks.values() if task.status == "leased"]
-        self.state.deadlines = {task.task_id: now + self.execution.lease_s for task in leased}
+        for task in self.state.tasks.values():
+            for holder in task.holders:
+                self._begin(task, holder, now)
+
+    def _begin(self, task: Task, holder: Holder, now: float) -> None:
+        """A lease starts, or starts over; how soon it is overdue follows from its heartbeats."""
+        ends_s = now + self.execution.lease_s
+        self.state.lifelines[task.task_id, holder.fence] = Lifeline(ends_s, ends_s, now, now)
+
+    def forget(self, task: Task) -> None:
+        """No lease of the task is live any more."""
+        for holder in task.holders:
+            self.state.lifelines.pop((task.task_id, holder.fence), None)
 
     def register(self, worker_id: str, name: str, capabilities: Capabilities, now: float) -> str:
         """A worker says hello, for the first time (empty id) or after a reconnection. Returns its id."""
         worker_id = worker_id or f"w{self._random.getrandbits(48):012x}"
-        held = [task for task in self.state.tasks.values() if task.status == "leased" and task.worker_id == worker_id]
-        task_id = held[0].task_id if held else ""
-        self.state.workers[worker_id] = Worker(worker_id, name, capabilities, now, task_id=task_id)
+        held = [t.task_id for t in self.state.tasks.values() if any(h.worker_id == worker_id for h in t.holders)]
+        self.state.workers[worker_id] = Worker(worker_id, name, capabilities, now, task_id=held[0] if held else "")
         return worker_id
 
     def known(self, worker_id: str, now: float) -> Worker:
@@ -61,29 +78,53 @@ class Leases:
         if self.state.standing.paused:
             return Lease(waiting_for=f"the run is paused: {self.state.standing.paused}")
         held = self.state.tasks.get(worker.task_id)
-        if held is not None and held.status == "leased" and held.worker_id == worker_id:
-            self.state.deadlines[held.task_id] = now + self.execution.lease_s
-            return Lease(task=held, spec=self.spec(held))
+        holder = _holder(held, worker_id) if held is not None else None
+        if held is not None and holder is not None:
+            self._begin(held, holder, now)
+            return Lease(task=held, fence=holder.fence, spec=self.spec(held))
         reasons: list[str] = []
-        candidates = sorted(self._leasable(), key=lambda task: self._preference(task, worker, cached))
+        candidates = sorted(self._leasable(worker, now), key=lambda task: self._preference(task, worker, cached, now))
         offers = (offer for task in candidates if (offer := self._offer(task, worker, reasons)) is not None)
         task, spec = next(offers, (None, None))
         if task is None or spec is None:
             return Lease(waiting_for=reasons[0] if reasons else "no task is ready")
-        leased = replace(task, status="leased", worker_id=worker_id, fence=task.fence + 1)
+        return self._granted(task, spec, worker, now)
+
+    def _granted(self, task: Task, spec: Message, worker: Worker, now: float) -> Lease:
+        holder = Holder(worker.worker_id, task.fence + 1)
+        leased = replace(task, status="leased", holders=(*task.holders, holder), fence=holder.fence)
         stage = self.state.stages[task.stage]
         pinned = [replace(stage, fingerprint=worker.capabilities.fingerprint)] if self._pins(stage, task) else []
-        self.state.deadlines[task.task_id] = now + self.execution.lease_s
+        self._begin(leased, holder, now)
         worker.task_id, worker.steps, worker.tokens, worker.lease_started_s = task.task_id, 0, 0, now
-        return Lease(Decision((leased, *pinned)), leased, spec)
+        return Lease(Decision((leased, *pinned)), leased, holder.fence, spec)
 
-    def _leasable(self) -> list[Task]:
-        ready = (task for task in self.state.tasks.values() if task.status == "ready" and not task.local)
-        return [
-            task
-            for task in ready
-            if task.kind != "TRAIN" or self.plan.is_trainable(self.state, self.state.stages[task.stage], task)
-        ]
+    def _leasable(self, worker: Worker, now: float) -> list[Task]:
+        """Ready tasks whose modules are ready, and held ones that are worth a second holder."""
+        found = []
+        for task in self.state.tasks.values():
+            if task.status == "leased":
+                if self._wants_second_holder(task, worker, now):
+                    found.append(task)
+            elif task.status == "ready" and not task.local:
+                if task.kind != "TRAIN" or self.plan.is_trainable(self.state, self.state.stages[task.stage], task):
+                    found.append(task)
+        return found
+
+    def _wants_second_holder(self, task: Task, worker: Worker, now: float) -> bool:
+        """Whether a task with one holder is overdue, or would be done sooner by `worker` from its start."""
+        if len(task.holders) != 1 or task.holders[0].worker_id == worker.worker_id:
+            return False
+        [holder] = task.holders
+        lifeline = self.state.lifelines[task.task_id, holder.fence]
+        if lifeline.overdue_s < now:
+            return True
+        slow = self.state.workers.get(holder.worker_id)
+        if task.kind != "TRAIN" or slow is None or min(slow.step_times.count, worker.step_times.count) < MIN_ARRIVALS:
+            return False
+        steps = self.plan.inner_steps(self.state.stages[task.stage].model)
+        remaining_s = (steps - lifeline.steps) * slow.step_times.mean_s
+        return remaining_s > BACKUP_FACTOR * steps * worker.step_times.mean_s
 
     def _offer(self, task: Task, worker: Worker, reasons: list[str]) -> tuple[Task, Message] | None:
         """The task with its spec, if the worker can honour its numerics, memory and fingerprint class."""
@@ -129,25 +170,51 @@ class Leases:
     def _pins(self, stage: Stage, task: Task) -> bool:
         return self._is_strict() and not stage.fingerprint and task.kind in NUMERIC_KINDS
 
-    def _preference(self, task: Task, worker: Worker, cached: frozenset[str]) -> tuple[Any, ...]:
-        """Earlier phases first, then what this worker has not failed at, then what it holds the inner state of."""
+    def _preference(self, task: Task, worker: Worker, cached: frozenset[str], now: float) -> tuple[Any, ...]:
+        """Earlier phases first, what this worker has not failed at, overdue tasks, then what it has the inner state of.
+
+        A copy of a task that is only slow comes after everything else.
+        """
         failed_here = any(reason.startswith(f"{worker.name}: ") for reason in task.failures)
         shard = self.state.shards.get(f"{self.state.stages[task.stage].model}/{task.subject}")
         inner_state = shard.inner_state if shard and task.kind == "TRAIN" else None
         misses = inner_state is not None and inner_state.digest not in cached
-        return task.phase, failed_here, self._stage_order[task.stage], misses
+        overdue = any(self.state.lifelines[task.task_id, holder.fence].overdue_s < now for holder in task.holders)
+        only_slow = bool(task.holders) and not overdue
+        return only_slow, task.phase, failed_here, not overdue, self._stage_order[task.stage], misses
 
     def heartbeat(
         self, worker_id: str, task_id: str, fence: int, steps: int, loss: float, tokens: int, now: float
     ) -> tuple[bool, float]:
         """Extend a lease. Returns (lost, seconds until it ends)."""
         worker = self.known(worker_id, now)
+        lifeline = self.state.lifelines.get((task_id, fence))
         task = self.state.tasks.get(task_id)
-        if task is None or not _holds(task, worker_id, fence):
+        if task is None or lifeline is None or Holder(worker_id, fence) not in task.holders:
             return True, 0.0
-        worker.task_id, worker.steps, worker.loss, worker.tokens = task_id, steps, loss, tokens
-        self.state.deadlines[task_id] = now + self.execution.lease_s
+        worker.task_id, worker.loss, worker.tokens = task_id, loss, tokens
+        for gaps in (worker.beats, self.state.beats):
+            gaps.observe(now - lifeline.heard_s)
+        if steps > lifeline.steps:
+            if lifeline.steps:
+                worker.step_times.observe((now - lifeline.advanced_s) / (steps - lifeline.steps))
+            lifeline.advanced_s, lifeline.steps = now, steps
+        worker.steps = steps
+        lifeline.heard_s, lifeline.ends_s = now, now + self.execution.lease_s
+        lifeline.overdue_s = min(now + self._silence_s(worker), self._standstill_s(task, lifeline, worker))
         return False, self.execution.lease_s
+
+    def _silence_s(self, worker: Worker) -> float:
+        """How long this worker may say nothing before its task is worth a second holder."""
+        gaps = worker.beats if worker.beats.count >= MIN_ARRIVALS else self.state.beats
+        return gaps.patience_s(BEATS_MISSED * self.execution.heartbeat_s, self.execution.lease_s)
+
+    def _standstill_s(self, task: Task, lifeline: Lifeline, worker: Worker) -> float:
+        """Until when steps may stand still while heartbeats come: a hung worker is not a slow one."""
+        total = self.plan.inner_steps(self.state.stages[task.stage].model) if task.kind == "TRAIN" else 0
+        if not 0 < lifeline.steps < total or not worker.step_times.count:
+            return float("inf")
+        return lifeline.advanced_s + STANDSTILL_STEPS * worker.step_times.mean_s + STANDSTILL_S
 
     def release(self, worker_id: str, task_id: str, fence: int, reason: str, leaving: bool, now: float) -> Decision:
         """The worker gives a task back, with a reason as a failed attempt; too many of these pause the run."""
@@ -156,42 +223,52 @@ class Leases:
         if leaving:
             del self.state.workers[worker_id]
         task = self.state.tasks.get(task_id)
-        if task is None or not _holds(task, worker_id, fence):
+        holder = Holder(worker_id, fence)
+        if task is None or holder not in task.holders:
             return Decision()
-        return Decision(self._returned(task, f"{worker.name}: {reason}" if reason else ""))
+        return Decision(self._returned(task, holder, f"{worker.name}: {reason}" if reason else ""))
 
-    def _returned(self, task: Task, failure: str) -> tuple[Row, ...]:
-        self.state.deadlines.pop(task.task_id, None)
+    def _returned(self, task: Task, holder: Holder, failure: str) -> tuple[Row, ...]:
+        back = self._without(task, holder)
         failures = (*task.failures, failure) if failure else task.failures
-        back = replace(task, status="ready", worker_id="", failures=failures)
+        back = replace(back, failures=failures)
         if failure and len(failures) >= self.execution.max_attempts:
             reason = f"task {task.task_id} failed {len(failures)} times ({'; '.join(failures)})"
             return back, replace(self.state.standing, paused=reason)
         return (back,)
 
+    def _without(self, task: Task, holder: Holder) -> Task:
+        self.state.lifelines.pop((task.task_id, holder.fence), None)
+        holders = tuple(other for other in task.holders if other != holder)
+        return replace(task, status="leased" if holders else "ready", holders=holders)
+
     def expire(self, now: float) -> Decision:
-        """Leases whose deadline has passed are available again; silent workers are forgotten."""
-        overdue = [task_id for task_id, deadline in self.state.deadlines.items() if deadline < now]
-        rows: list[Row] = []
-        for task_id in overdue:
-            del self.state.deadlines[task_id]
-            task = self.state.tasks.get(task_id)
-            if task is not None and task.status == "leased":
-                rows.append(replace(task, status="ready", worker_id=""))
+        """Leases whose end has passed are over; silent workers are forgotten."""
+        over = [key for key, lifeline in self.state.lifelines.items() if lifeline.ends_s < now]
+        changed: dict[str, Task] = {}
+        for task_id, fence in over:
+            task = changed.get(task_id) or self.state.tasks[task_id]
+            [holder] = (other for other in task.holders if other.fence == fence)
+            changed[task_id] = self._without(task, holder)
         silent = [w.worker_id for w in self.state.workers.values() if w.last_seen_s + 5 * self.execution.lease_s < now]
         for worker_id in silent:
             del self.state.workers[worker_id]
-        return Decision(tuple(rows))
+        return Decision(tuple(changed.values()))
+
+    def overdue(self, now: float) -> list[str]:
+        """Tasks with one holder that is overdue: workers that wait should ask again."""
+        overdue = {task_id for (task_id, _), lifeline in self.state.lifelines.items() if lifeline.overdue_s < now}
+        return [task_id for task_id in overdue if len(self.state.tasks[task_id].holders) == 1]
 
     def held_task(self, task_id: str, fence: int) -> Task:
         """The task of a live lease; raises UnknownTask or StaleLease."""
         task = self.state.tasks.get(task_id)
         if task is None:
             raise UnknownTask(f"there is no open task {task_id!r}")
-        if task.status != "leased" or task.fence != fence:
+        if all(holder.fence != fence for holder in task.holders):
             raise StaleLease(f"the lease of task {task_id} under fence {fence} has ended; drop the task")
         return task
 
 
-def _holds(task: Task, worker_id: str, fence: int) -> bool:
-    return task.status == "leased" and task.worker_id == worker_id and task.fence == fence
+def _holder(task: Task, worker_id: str) -> Holder | None:
+    return next((holder for holder in task.holders if holder.worker_id == worker_id), None)

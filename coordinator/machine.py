@@ -141,10 +141,10 @@ class Machine:
         stage = self.state.stages[task.stage]
         if task.kind == "TRAIN" and result.steps != self.plan.inner_steps(stage.model):
             raise RejectedTensor(f"task {task_id} took {result.steps} steps, not {self.plan.inner_steps(stage.model)}")
-        self.state.deadlines.pop(task_id, None)
+        self.leases.forget(task)
         worker.task_id = ""
         counted = result.model_dump(mode="json", exclude={"outputs", "step_losses", "fetched_bytes"})
-        done = replace(task, status="done", outputs=dict(result.outputs), result=counted)
+        done = replace(task, status="done", holders=(), outputs=dict(result.outputs), result=counted)
         draft = _Draft(self.state)
         draft.put([done])
         obsolete: tuple[str, ...] = ()

@@ -100,6 +100,10 @@ class Spool:
             if directory.name not in kept:
                 self._remove(directory)
 
+    def recorded(self) -> set[str]:
+        """The digests of all verified outputs, wherever their bytes lie: here, or in the store after a commit."""
+        return {str(json.loads(path.read_text())["digest"]) for path in self._root.glob("*/*/*.record")}
+
     def _begin(self, files: SinkFiles, header: UploadHeader, expected: ExpectedOutput) -> Sink:
         directory = files.record.parent
         if not directory.is_dir():

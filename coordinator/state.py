@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
+from coordinator.arrivals import Gaps
 from protocol.tasks import BlobRef, Capabilities
 
 
@@ -34,9 +35,19 @@ class Stage:
         return self.name
 
 
+class Holder(NamedTuple):
+    """A worker that holds a lease of a task, under its fencing token."""
+
+    worker_id: str
+    fence: int
+
+
 @dataclass(frozen=True, slots=True)
 class Task:
-    """One unit of work. A TRAIN spec follows from shards and modules when it is leased, others stand in `spec`."""
+    """One unit of work. A TRAIN spec follows from shards and modules when it is leased, others stand in `spec`.
+
+    At most two holders: a second one where the first is overdue or slow. `fence` is the highest token given out.
+    """
 
     table: ClassVar[str] = "tasks"
     task_id: str
@@ -47,7 +58,7 @@ class Task:
     step: int = 0
     local: bool = False
     status: Literal["ready", "leased", "done"] = "ready"
-    worker_id: str = ""
+    holders: tuple[Holder, ...] = ()
     fence: int = 0
     spec: dict[str, Any] = field(default_factory=dict)
     failures: tuple[str, ...] = ()
@@ -128,6 +139,19 @@ class Worker:
     loss: float = float("nan")
     tokens: int = 0
     lease_started_s: float = 0.0
+    beats: Gaps = field(default_factory=Gaps)
+    step_times: Gaps = field(default_factory=Gaps)
+
+
+@dataclass(slots=True)
+class Lifeline:
+    """What is known of a live lease (monotonic seconds): `overdue_s` lets a second holder join, `ends_s` ends it."""
+
+    ends_s: float
+    overdue_s: float
+    heard_s: float
+    advanced_s: float
+    steps: int = 0
 
 
 class State:
@@ -140,7 +164,8 @@ class State:
         self.shards: dict[str, Shard] = {}
         self.standing = Standing()
         self.workers: dict[str, Worker] = {}
-        self.deadlines: dict[str, float] = {}
+        self.lifelines: dict[tuple[str, int], Lifeline] = {}
+        self.beats = Gaps()
         self.apply(rows)
 
     def apply(self, rows: Iterable[Row]) -> None:

@@ -32,7 +32,18 @@ MAY_USE_GRPC = {"service.py", "server.py", "client.py"}
 TORCH_FREE = ["configs", "protocol", "model.topology", "model.layout", "corpus"]
 TORCH_FREE += [
     f"coordinator.{name}"
-    for name in ("state", "decisions", "machine", "leases", "plan", "stage_steps", "journal", "status", "snapshot")
+    for name in (
+        "state",
+        "decisions",
+        "machine",
+        "leases",
+        "arrivals",
+        "plan",
+        "stage_steps",
+        "journal",
+        "status",
+        "snapshot",
+    )
 ]
 GENERATED = {"dipaco_pb2.py", "dipaco_pb2_grpc.py"}
 
@@ -97,7 +108,7 @@ def test_torch_is_not_loaded_by(name: str) -> None:
 
 def test_the_state_machine_has_no_socket_file_thread_or_clock() -> None:
     forbidden = {"socket", "threading", "asyncio", "time", "os", "pathlib", "sqlite3", "subprocess", "datetime"}
-    for name in ("state", "decisions", "machine", "leases", "plan", "stage_steps", "status", "outer"):
+    for name in ("state", "decisions", "machine", "leases", "arrivals", "plan", "stage_steps", "status", "outer"):
         roots = {each.partition(".")[0] for each in imported(REPOSITORY / "coordinator" / f"{name}.py")}
         assert not roots & forbidden, f"coordinator/{name}.py imports {roots & forbidden}"
 
@@ -125,6 +136,17 @@ FLAGS = {
     "generate": {"--prompt", "--tokens", "--temperature", "--top-k", "--seed", "--every", "--path", "--json"},
     "digest": {"--all", "--json"},
     "corpus": {"--samples", "--domain", "--json"},
+    "simulate": {
+        "--workers",
+        "--preempt",
+        "--coordinator-mtbf",
+        "--seed",
+        "--compare",
+        "--min-worker-kills",
+        "--min-coordinator-kills",
+        "--run-dir",
+        "--json",
+    },
 }
 
 
