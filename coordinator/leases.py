@@ -96,7 +96,7 @@ class Leases:
         stage = self.state.stages[task.stage]
         pinned = [replace(stage, fingerprint=worker.capabilities.fingerprint)] if self._pins(stage, task) else []
         self._begin(leased, holder, now)
-        worker.task_id, worker.steps, worker.tokens, worker.lease_started_s = task.task_id, 0, 0, now
+        worker.task_id, worker.steps = task.task_id, 0
         return Lease(Decision((leased, *pinned)), leased, holder.fence, spec)
 
     def _leasable(self, worker: Worker, now: float) -> list[Task]:
@@ -192,7 +192,10 @@ class Leases:
         task = self.state.tasks.get(task_id)
         if task is None or lifeline is None or Holder(worker_id, fence) not in task.holders:
             return True, 0.0
-        worker.task_id, worker.loss, worker.tokens = task_id, loss, tokens
+        worker.task_id, worker.loss = task_id, loss
+        if tokens > lifeline.tokens and now > lifeline.heard_s:
+            worker.tokens_per_s = (tokens - lifeline.tokens) / (now - lifeline.heard_s)
+        lifeline.tokens = tokens
         for gaps in (worker.beats, self.state.beats):
             gaps.observe(now - lifeline.heard_s)
         if steps > lifeline.steps:

@@ -143,6 +143,8 @@ class Machine:
             raise RejectedTensor(f"task {task_id} took {result.steps} steps, not {self.plan.inner_steps(stage.model)}")
         self.leases.forget(task)
         worker.task_id = ""
+        if result.tokens and result.seconds > 0:
+            worker.tokens_per_s = result.tokens / result.seconds
         counted = result.model_dump(mode="json", exclude={"outputs", "step_losses", "fetched_bytes"})
         done = replace(task, status="done", holders=(), outputs=dict(result.outputs), result=counted)
         draft = _Draft(self.state)

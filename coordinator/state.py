@@ -137,8 +137,7 @@ class Worker:
     task_id: str = ""
     steps: int = 0
     loss: float = float("nan")
-    tokens: int = 0
-    lease_started_s: float = 0.0
+    tokens_per_s: float = 0.0
     beats: Gaps = field(default_factory=Gaps)
     step_times: Gaps = field(default_factory=Gaps)
 
@@ -152,6 +151,7 @@ class Lifeline:
     heard_s: float
     advanced_s: float
     steps: int = 0
+    tokens: int = 0
 
 
 class State:

@@ -108,7 +108,6 @@ def _steps_of(plan: Plan, stage: Stage) -> int:
 
 def _worker(plan: Plan, state: State, worker: Worker, now: float) -> dict[str, Any]:
     task = state.tasks.get(worker.task_id)
-    seconds = now - worker.lease_started_s
     return {
         "id": worker.worker_id,
         "name": worker.name,
@@ -116,7 +115,7 @@ def _worker(plan: Plan, state: State, worker: Worker, now: float) -> dict[str, A
         "steps": worker.steps,
         "steps_total": plan.inner_steps(state.stages[task.stage].model) if task and task.kind == "TRAIN" else 0,
         "loss": worker.loss,
-        "tokens_per_s": worker.tokens / seconds if worker.task_id and seconds > 0 else 0.0,
+        "tokens_per_s": worker.tokens_per_s,
         "last_seen_s": now - worker.last_seen_s,
     }
 
