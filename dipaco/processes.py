@@ -139,10 +139,15 @@ class LocalRun:
             else:
                 time.sleep(0.05)
         self.coordinator.arguments = self._coordinator_arguments(self.address)
-        for index in range(self.num_workers):
-            worker = self._child(f"worker-{index}", self._worker_arguments(index))
-            self.workers.append(worker)
-            worker.start()
+        for _ in range(self.num_workers):
+            self.add_worker().start()
+
+    def add_worker(self) -> Child:
+        """One more worker, not started yet; the coordinator's address is known by now."""
+        index = len(self.workers)
+        worker = self._child(f"worker-{index}", self._worker_arguments(index))
+        self.workers.append(worker)
+        return worker
 
     def _worker_arguments(self, index: int) -> list[str]:
         cache = str(self.run_dir / "workers" / str(index))

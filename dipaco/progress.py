@@ -1,6 +1,7 @@
 """What a person sees while a run goes on: a live panel on a terminal, plain lines elsewhere.
 
-Reads statuses, decides nothing. The keys of a status are documented in coordinator/status.py.
+Reads statuses, decides nothing. The keys of a status are documented in coordinator/status.py; `faults` is a remark that
+a simulation adds.
 """
 
 from __future__ import annotations
@@ -93,6 +94,8 @@ def summary(status: Status) -> str:
     parts.append(f"{_megabytes(sum(status['bytes'].values()))} moved")
     leased = [worker for worker in status["workers"] if worker["task"]]
     parts.append(f"{len(leased)}/{len(status['workers'])} workers busy")
+    if "faults" in status:
+        parts.append(status["faults"])
     if status["eta_s"] is not None and not status["finished"]:
         parts.append(f"about {duration(status['eta_s'])} of training left")
     if status["paused"]:
@@ -137,6 +140,8 @@ def panel(status: Status) -> Any:
     parts.append(Text(f"{tokens_per_s(status):,.0f} tokens/s   {status['tokens']:,} tokens trained   moved: {moved}"))
     if status["eta_s"] is not None and not status["finished"]:
         parts.append(Text(f"about {duration(status['eta_s'])} of training left"))
+    if "faults" in status:
+        parts.append(Text(status["faults"]))
     if status["paused"]:
         parts.append(Text(f"paused: {status['paused']}", style="bold red"))
     phase = f", phase {status['phase']} of {status['num_phases']}" if status["num_phases"] else ""

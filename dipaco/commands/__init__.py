@@ -11,6 +11,7 @@ from dipaco.commands.digest import digest
 from dipaco.commands.evaluate import evaluate
 from dipaco.commands.generate import generate
 from dipaco.commands.run import run
+from dipaco.commands.simulate import simulate
 from dipaco.commands.status import status
 from dipaco.commands.worker import worker
 
@@ -22,5 +23,5 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for command in (run, coordinator, worker, certs, status, evaluate, generate, digest, corpus):
+for command in (run, coordinator, worker, certs, status, evaluate, generate, digest, corpus, simulate):
     app.command()(command)

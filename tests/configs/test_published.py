@@ -20,6 +20,7 @@ SHAPES = {
     "flat-experts": (4, 4, 4),
     "dipaco-4x4": (16, 16, 8),
     "path-specific": (4, 4, 8),
+    "simulate": (8, 8, 6),
     "paper-dipaco-16x16-150m": (256, 256, 32),
     "paper-diloco-8-150m": (1, 8, 1),
     "many-paths-16x16": (256, 256, 33),

@@ -1,0 +1,75 @@
+"""`dipaco simulate`: a real run on this machine whose processes are killed, stopped and started by a plan."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dipaco.commands.options import ConfigFile, Json, RunDir
+
+
+def simulate(
+    config: ConfigFile,
+    preempt: Annotated[
+        str,
+        typer.Option(
+            metavar="SPEC",
+            help="poisson:mtbf=60,restart=10[,stop=SHARE][,term=SHARE], trace:FILE[,speedup=600][,scale=1] "
+            "(CSV seconds,alive) or plan:FILE.",
+        ),
+    ],
+    workers: Annotated[int, typer.Option(min=1, help="Worker processes.")] = 3,
+    coordinator_mtbf: Annotated[
+        float | None, typer.Option(min=0.1, help="Mean seconds between kills of the coordinator; none by default.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the fault plan.")] = 0,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Also make the undisturbed run, and compare `digest --all`.")
+    ] = False,
+    min_worker_kills: Annotated[
+        int, typer.Option(min=0, help="Lengthen the run by whole phases until the plan has so many.")
+    ] = 0,
+    min_coordinator_kills: Annotated[
+        int, typer.Option(min=0, help="Lengthen the run by whole phases until the plan has so many.")
+    ] = 0,
+    run_dir: RunDir = None,
+    as_json: Json = False,
+) -> None:
+    """Carry out a run under faults, and report what they cost.
+
+    Real processes get SIGKILL, SIGSTOP and SIGTERM. Writes simulation.json, simulation.html with a timeline, and the
+    plan, by which the run can be repeated exactly. Exit code 0: finished, and with --compare equal to the undisturbed
+    run; 1: refused, failed or not equal, or fewer kills than were asked for; 3: stopped before the end.
+    """
+    from configs.load import load_config
+    from dipaco.ending import UNFINISHED, Refused, say_wrong
+    from dipaco.progress import PlainLines, display
+    from dipaco.running import Stopped
+    from dipaco.simulated_run import Wish
+    from dipaco.simulated_run import simulate as carry_out
+
+    loaded = load_config(config)
+    directory = run_dir or Path("runs") / f"{loaded.name}-simulation"
+    wish = Wish(workers, preempt, coordinator_mtbf, seed, compare, min_worker_kills, min_coordinator_kills)
+    try:
+        outcome, remarks = carry_out(
+            loaded, directory, wish, lambda: PlainLines(to_stderr=True) if as_json else display()
+        )
+    except Stopped:
+        say_wrong("stopped; the same command begins the simulation anew")
+        raise typer.Exit(UNFINISHED) from None
+    if as_json:
+        typer.echo(json.dumps(outcome))
+    else:
+        for key, value in outcome.items():
+            if key not in ("participation", "hardware"):
+                typer.echo(f"{key}: {json.dumps(value)}")
+    for remark in remarks:
+        typer.echo(remark, err=as_json)
+    if outcome["digest_equal"] is False:
+        raise Refused("the disturbed run ended with other bits than the undisturbed one")
+    if outcome["worker_kills"] < min_worker_kills or outcome["coordinator_kills"] < min_coordinator_kills:
+        raise typer.Exit(1)
