@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from dipaco.faults import COORDINATOR
@@ -35,7 +36,7 @@ class HeldTask:
     end_s: float = 0.0
     outcome: str = "lost"
     seconds: float = 0.0
-    executed: int = field(default=0)
+    executed: int = 0
 
 
 def held_tasks(
@@ -80,6 +81,9 @@ def held_tasks(
 
 def count_steps(tasks: Sequence[HeldTask], faults: Sequence[Record]) -> int:
     """Inner steps executed, also noted in every lease, with the `seconds` of those that were not completed."""
+    for held in tasks:
+        if held.outcome != "completed":
+            held.seconds = held.end_s - held.begin_s
     training = [held for held in tasks if held.kind == "TRAIN"]
     completed = [held for held in training if held.outcome == "completed"]
     step_s = _median([held.seconds / max(1, held.reported[1] - held.first_step) for held in completed]) or 1.0
@@ -126,12 +130,17 @@ def up_times(events: Iterable[Record], faults: Sequence[Record], ended_s: float)
 def leasable_times(events: Iterable[Record], ended_s: float) -> Intervals:
     """When some task waited for a worker."""
     looks = [(event["wall_s"], event["tasks"]) for event in events if event["event"] == "leasable"]
-    ends = [at_s for at_s, _ in looks[1:]] + [ended_s]
-    return union((at_s, end_s) for (at_s, tasks), end_s in zip(looks, ends, strict=True) if tasks)
+    spans = pairwise([*looks, (ended_s, 0)])
+    return union((at_s, end_s) for (at_s, tasks), (end_s, _) in spans if tasks)
 
 
-def recoveries(tasks: Sequence[HeldTask], faults: Sequence[Record], action: str) -> list[float]:
-    """For every fault of this kind that took a task away: seconds until the task was leased again."""
+def recoveries(
+    tasks: Sequence[HeldTask], faults: Sequence[Record], action: str, alive: dict[str, Intervals]
+) -> list[float]:
+    """For every fault of this kind that took a task away: seconds until the task was leased again.
+
+    Zero where a living worker held the task, too.
+    """
     found = []
     for fault in faults:
         if fault["action"] != action:
@@ -141,8 +150,8 @@ def recoveries(tasks: Sequence[HeldTask], faults: Sequence[Record], action: str)
             if held.worker != fault["process"] or not held.begin_s <= at_s <= held.end_s or held.outcome == "completed":
                 continue
             others = [other for other in tasks if other.task_id == held.task_id and other.fence != held.fence]
-            if any(other.begin_s <= at_s < other.end_s for other in others):
-                found.append(0.0)  # a copy of it was running all the time
+            if any(other.begin_s <= at_s < other.end_s and _covers(alive[other.worker], at_s) for other in others):
+                found.append(0.0)
             else:
                 found += sorted(other.begin_s - at_s for other in others if other.begin_s > at_s)[:1]
     return found
@@ -172,7 +181,7 @@ def summarise(
         for begin_s, end_s in intersection(difference(ready[worker], holding[worker]), leasable)
     ]
     possible_s = sum(measure(each) for each in could.values())
-    busy_s = sum(held.seconds if held.kind == "TRAIN" or held.seconds else held.end_s - held.begin_s for held in tasks)
+    busy_s = sum(min(held.seconds, _ready_s(held, ready)) for held in tasks)
     return {
         **_counts(faults),
         "tasks_retried": len(tasks) - len({held.task_id for held in tasks}),
@@ -181,13 +190,21 @@ def summarise(
         "steps_lost": executed - in_weights,
         "goodput": in_weights / executed if executed else 1.0,
         "occupancy": min(1.0, busy_s / possible_s) if possible_s else 1.0,
-        "recovery_s": _spread(recoveries(tasks, faults, "kill")),
-        "hang_recovery_s": _spread(recoveries(tasks, faults, "stop")),
+        "recovery_s": _spread(recoveries(tasks, faults, "kill", alive)),
+        "hang_recovery_s": _spread(recoveries(tasks, faults, "stop", alive)),
         "coordinator_absence_s": _spread(coordinator_absences(events, faults)),
         "offer_s": _spread(waited),
         "wall_s": ended_s - began_s,
         "participation": participation(alive, holding, began_s, ended_s),
     }
+
+
+def _covers(intervals: Intervals, at_s: float) -> bool:
+    return any(begin_s <= at_s < end_s for begin_s, end_s in intervals)
+
+
+def _ready_s(held: HeldTask, ready: dict[str, Intervals]) -> float:
+    return measure(intersection([(held.begin_s, held.end_s)], ready.get(held.worker, [])))
 
 
 def _counts(faults: Sequence[Record]) -> Record:

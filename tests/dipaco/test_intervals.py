@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from itertools import pairwise
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -23,4 +25,4 @@ def test_they_are_the_operations_on_sets(first: Intervals, second: Intervals) ->
     for each in (left, intersection(left, right), difference(left, right)):
         assert measure(each) == len(moments(each))
         assert each == sorted(each)
-        assert all(end < begin for (_, end), (begin, _) in zip(each, each[1:], strict=False))
+        assert all(end < begin for (_, end), (begin, _) in pairwise(each))

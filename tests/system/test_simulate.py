@@ -1,0 +1,73 @@
+"""The command under real kills: the same bits as the undisturbed run, and a record that adds up."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from coordinator.journal import Journal
+
+PLAN = [
+    (0.0, "worker-0", "start"),
+    (0.0, "worker-1", "start"),
+    (5.0, "worker-0", "kill"),
+    (5.5, "worker-0", "start"),
+    (6.0, "coordinator", "kill"),
+    (6.5, "coordinator", "start"),
+    (9.0, "worker-1", "stop"),
+    (14.0, "worker-1", "continue"),
+    (12.0, "worker-0", "terminate"),
+    (13.0, "worker-0", "start"),
+]
+
+
+def test_a_simulation_ends_with_the_bits_of_the_undisturbed_run(
+    tmp_path: Path, prepare_tiny: Callable[[Path], Path]
+) -> None:
+    prepare_tiny(tmp_path)
+    lines = [json.dumps({"at_s": at_s, "process": name, "action": action}) for at_s, name, action in PLAN]
+    (tmp_path / "faults.txt").write_text("\n".join(lines), encoding="utf-8")
+    words = ["simulate", "tiny.yaml", "--workers", "2", "--preempt", "plan:faults.txt", "--compare", "--run-dir", "run"]
+    done = subprocess.run(
+        [sys.executable, "-m", "dipaco", *words, "--json"],
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stderr
+    outcome = json.loads(done.stdout)
+    assert outcome == json.loads((tmp_path / "run" / "simulation.json").read_text())
+    assert outcome["digest"] == outcome["reference_digest"]
+    assert outcome["digest_equal"] is True
+    assert (outcome["worker_kills"], outcome["coordinator_kills"], outcome["unplanned_ends"]) == (1, 1, 0)
+    journal = Journal(tmp_path / "run", read_only=True)
+    trained = sum(metric["steps"] for metric in journal.metrics() if metric["kind"] == "TRAIN")
+    journal.close()
+    assert outcome["steps_in_weights"] == trained > 0
+    assert outcome["steps_executed"] >= trained
+    replayed = (tmp_path / "run" / "plan.jsonl").read_text().splitlines()
+    assert len(replayed) == len(PLAN)
+    assert (tmp_path / "run" / "simulation.html").is_file()
+
+
+def test_a_run_that_is_no_simulation_is_left_alone(tmp_path: Path, prepare_tiny: Callable[[Path], Path]) -> None:
+    prepare_tiny(tmp_path)
+    (tmp_path / "none").write_text("", encoding="utf-8")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "state.db").write_text("precious", encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, "-m", "dipaco", "simulate", "tiny.yaml", "--preempt", "plan:none", "--run-dir", "run"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 1
+    assert "holds a run that is no simulation" in done.stderr
+    assert (tmp_path / "run" / "state.db").read_text() == "precious"
