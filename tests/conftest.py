@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 import sys
@@ -10,6 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+# One thread a process, before torch is imported by anything: two are far slower where another process wants a core.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 from beartype import beartype

@@ -157,3 +157,21 @@ def test_a_path_composes_from_the_modules_of_its_levels(tmp_path: Path) -> None:
     plan: Plan = snapshot.plan
     composed = compose(config.experiment.model, snapshot.vocab_size, plan.mixture, paths)
     assert set(composed) == {spec.name for spec in plan.path_tensors(snapshot.state)}
+
+
+def test_a_run_starts_from_a_hugging_face_checkpoint(tmp_path: Path) -> None:
+    """The path of one run, exported, is the base of another: k-means needs no pretraining then."""
+    from model.hugging_face import export_path
+
+    first = carry_out(make_config(tmp_path, {"kind": "assign"}, replicas=1, sharding="all"), tmp_path / "run")
+    export_path(tmp_path / "checkpoint", first.config.experiment.model, first.vocab_size, trained(first))
+    document = make_config(tmp_path, {"kind": "nesterov"}, replicas=2, sharding="random").model_dump()
+    document["experiment"]["sharding"]["kind"] = "kmeans"
+    document["experiment"]["model"]["init_from"] = str(tmp_path / "checkpoint")
+    second = carry_out(Config.model_validate(document), tmp_path / "second")
+    base = {
+        name: tensor for _, path in second.base_modules().values() for name, tensor in tensor_file.read(path).items()
+    }
+    for name, tensor in trained(first).items():
+        np.testing.assert_array_equal(base[name], tensor, err_msg=name)
+    assert any((tensor != base[name]).any() for name, tensor in trained(second).items())
