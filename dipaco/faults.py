@@ -100,15 +100,13 @@ class Trace:
 
     def levels(self, num_workers: int) -> list[tuple[float, int]]:
         """Seconds into the run and workers alive from then on."""
-        last_of_moment = dict(self.steps)  # several rows of one moment: the last one counts
-        from_s = min((at_s for at_s, alive in last_of_moment.items() if alive > 0), default=None)
+        wanted = {  # several rows of one moment: the last one counts
+            at_s: min(num_workers, math.floor(alive * self.scale + 0.5)) for at_s, alive in self.steps
+        }
+        from_s = min((at_s for at_s, alive in wanted.items() if alive > 0), default=None)
         if from_s is None:
-            raise MalformedPlan("the trace never has an instance alive; take another")
-        levels = [
-            ((at_s - from_s) / self.speedup, min(num_workers, math.floor(alive * self.scale + 0.5)))
-            for at_s, alive in sorted(last_of_moment.items())
-            if at_s >= from_s
-        ]
+            raise MalformedPlan("the trace never has an instance alive; take another, or a larger scale")
+        levels = [((at_s - from_s) / self.speedup, wanted[at_s]) for at_s in sorted(wanted) if at_s >= from_s]
         return [*levels, (levels[-1][0] + 1.0, num_workers)]
 
 

@@ -76,11 +76,12 @@ def test_as_many_workers_live_as_the_trace_says(
     steps: tuple[tuple[float, int], ...], num_workers: int, speedup: float, scale: float, seed: int
 ) -> None:
     trace = Trace(steps, speedup, scale)
-    if not any(alive for alive in dict(steps).values()):
+    if not any(alive * scale >= 0.5 for alive in dict(steps).values()):
         with pytest.raises(MalformedPlan):
             trace.faults(num_workers, seed)
         return
     plan, alive = trace.faults(num_workers, seed), set[str]()
+    assert plan[0].at_s == 0.0
     for at_s, wanted in trace.levels(num_workers):
         for fault in (each for each in plan if each.at_s == at_s):
             assert (fault.process in alive) == (fault.action == "kill")
