@@ -7,6 +7,7 @@ coordinator for it and answers first with its process id, then with its exit cod
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
 import signal
@@ -19,6 +20,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 When = Literal["before", "after"]
+
+# What a coordinator imports late, imported before the first fork, so that a restart takes milliseconds.
+LATE_IMPORTS = ("corpus.builder", "corpus.token_file", "model.initial", "routing.kmeans", "routing.sharding")
+# Workers on the same machine are back sooner than the product expects of those far away.
+FAREWELL_S = 3.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,17 +111,18 @@ def count(effects: Effects) -> None:
             alone = word in ("INSERT", "UPDATE", "DELETE", "REPLACE") and not self.in_transaction
             return word == "COMMIT" or alone or "journal_mode" in sql
 
-    def counted_connect(*arguments: Any, **more: Any) -> sqlite3.Connection:
+    def counted_connect(*arguments: Any, **more: Any) -> Any:
         return connect(*arguments, **{"factory": CountedConnection, **more})
 
-    os.fsync, os.replace, os.rename, os.unlink, os.remove = (
-        counted_fsync,
-        counted_replace,
-        counted_replace,
-        counted_unlink,
-        counted_unlink,
-    )
-    sqlite3.connect = counted_connect  # type: ignore[assignment]
+    counted = {
+        "replace": counted_replace,
+        "rename": counted_replace,
+        "unlink": counted_unlink,
+        "remove": counted_unlink,
+    }
+    for name, call in {"fsync": counted_fsync, **counted}.items():
+        setattr(os, name, call)
+    sqlite3.connect = counted_connect
 
 
 def _serve(order: Order, serve: Callable[..., None], load_config: Callable[[Path], Any]) -> None:
@@ -141,12 +148,13 @@ def _serve(order: Order, serve: Callable[..., None], load_config: Callable[[Path
 
 def main() -> int:
     """Fork a coordinator for every order on standard input, one at a time."""
-    import corpus.builder
-    import model.initial
-    import routing.kmeans
-    import routing.sharding  # noqa: F401 (imported before the first fork, so that a restart takes milliseconds)
+    for name in LATE_IMPORTS:
+        importlib.import_module(name)
     from configs.schema import Config
+    from coordinator import coordinator
     from coordinator.serving import serve
+
+    coordinator.FAREWELL_S = FAREWELL_S
 
     def load_config(path: Path) -> Config:
         return Config.model_validate_json(path.read_text(encoding="utf-8"))

@@ -20,7 +20,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO, Any, get_args
 
@@ -44,7 +44,11 @@ class CrashRunFailed(RuntimeError):
 
 def small_config(folder: Path, documents: int = 24) -> Config:
     """All stages but evaluation, two paths that share a module, two phases; its documents are written to `folder`."""
-    words = ("onion butter salt pan stir heat", "return self value index range size", "licensee party clause herein law")
+    words = (
+        "onion butter salt pan stir heat",
+        "return self value index range size",
+        "licensee party clause herein law",
+    )
     lines = [
         json.dumps({"text": " ".join([kind] * 6) + f" number {number}", "domain": kind.split()[0]})
         for number in range(documents // len(words))
@@ -61,7 +65,12 @@ def small_config(folder: Path, documents: int = 24) -> Config:
         },
         "tokenizer": {"kind": "bytes"},
         "model": {"blocks": 2, "hidden_size": 16, "heads": 2, "intermediate_size": 16, "sequence_length": 64},
-        "topology": {"levels": [{"modules": 2, "blocks": [0], "embedding": True}, {"blocks": [1], "head": True}]},
+        "topology": {
+            "levels": [
+                {"modules": 2, "blocks": [0], "embedding": True},
+                {"modules": 1, "blocks": [1], "head": True},
+            ]
+        },
         "sharding": {"kind": "kmeans", "prefix_tokens": 8},
         "inner": {"learning_rate": 1e-2, "warmup_steps": 2, "batch_rows": 2},
         "outer": {"kind": "nesterov"},
@@ -71,7 +80,6 @@ def small_config(folder: Path, documents: int = 24) -> Config:
             {"kind": "train", "phases": 2, "inner_steps": 2},
         ],
     }
-    experiment["topology"]["levels"][1]["modules"] = 1  # type: ignore[index]
     execution = {"heartbeat_s": 0.5, "lease_s": 4.0, "keep_versions": 1}
     return Config.model_validate({"name": "crash-points", "experiment": experiment, "execution": execution})
 
@@ -139,12 +147,12 @@ def working(port: int, cache: Path) -> Iterator[Callable[[float], bool]]:
     yield ended
 
 
-def everything(run_dir: Path) -> str:
-    """The digest over weights, outer and inner states, router, shards and counts of a finished run."""
+def finished_run(run_dir: Path) -> RunSnapshot:
+    """A run that came to its end; raises CrashRunFailed for another one."""
     snapshot = RunSnapshot.open(run_dir)
     if not snapshot.state.standing.finished:
         raise CrashRunFailed("the run is not finished")
-    return run_digest(snapshot, everything=True)
+    return snapshot
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,13 +165,17 @@ class Point:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What came of a kill. `effect`: where it was; empty where the run ended before it came to that number."""
+    """What came of a kill. `effect`: where it was; empty where the run ended before it came to that number.
+
+    `leased_again`: tasks whose lease did not outlive the kill.
+    """
 
     number: int
     when: When
     effect: str
     digest: str
     seconds: float
+    leased_again: int = 0
     error: str = ""
 
 
@@ -197,34 +209,42 @@ class CrashPoints:
         run_dir, begin = self._folder / name, time.monotonic()
         shutil.rmtree(run_dir, ignore_errors=True)
         run_dir.mkdir()
-        effects, digest, error = [""], "", ""
+        killed, digest, leased_again, error = False, "", 0, ""
+        effects: list[str] = []
         try:
-            effects = self._lives(run_dir, point)
-            digest = everything(run_dir)
+            killed, effects = self._lives(run_dir, point)
+            finished = finished_run(run_dir)
+            digest = run_digest(finished, everything=True)
+            leased_again = sum(max(0, task.fence - 1) for task in finished.state.tasks.values())
         except (CrashRunFailed, ValueError) as failure:
             error = str(failure)
         if not error:
             shutil.rmtree(run_dir)
         point = point or Point(0, "before")
-        reached = effects[point.number - 1] if len(effects) == point.number else ""
-        return Outcome(point.number, point.when, reached, digest, time.monotonic() - begin, error), effects
+        reached = effects[point.number - 1] if killed else ""
+        seconds = time.monotonic() - begin
+        return Outcome(point.number, point.when, reached, digest, seconds, leased_again, error), effects
 
-    def _lives(self, run_dir: Path, point: Point | None) -> list[str]:
-        """Start coordinators until one ends well, with one worker all the while; the effects of the first."""
+    def _lives(self, run_dir: Path, point: Point | None) -> tuple[bool, list[str]]:
+        """Start coordinators until one ends well, with one worker all the while.
+
+        Whether the first was killed, and its effects up to then.
+        """
         order = Order(str(run_dir), free_port(), str(run_dir / "effects.txt"))
-        first = order if point is None else Order(order.run_dir, order.port, order.effects, point.number, point.when)
+        first = order if point is None else replace(order, stop_at=point.number, when=point.when)
         with working(order.port, run_dir / "worker") as ended:
             code = self._coordinators.live(first)
+            killed = code == -signal.SIGKILL
             effects = (run_dir / "effects.txt").read_text().splitlines()
             for _ in range(LIVES):
                 if code != -signal.SIGKILL:
                     break
-                code = self._coordinators.live(order)
+                code = self._coordinators.live(replace(order, effects=f"{order.effects}.restart"))
             if code != 0:
                 raise CrashRunFailed(f"the coordinator ended with {code}; see {run_dir}.log")
             if not ended(PATIENCE_S):
                 raise CrashRunFailed("the worker was not told that the run is over")
-        return effects
+        return killed, effects
 
 
 def _results(path: Path) -> dict[Point, dict[str, Any]]:
@@ -254,7 +274,8 @@ def carry_out(folder: Path, every: int, say: Callable[[str], None]) -> dict[str,
                 results.write(json.dumps(known[point]) + "\n")
                 results.flush()
                 verdict = "same" if outcome.digest == crash_points.digest else f"DIFFERENT {outcome.error}"
-                say(f"{point.when} {point.number}: {verdict}, {outcome.seconds:.1f} s ({outcome.effect or 'not reached'})")
+                where = outcome.effect or "not reached"
+                say(f"{point.when} {point.number}: {verdict}, {outcome.seconds:.1f} s ({where})")
     finally:
         coordinators.close()
     return _summary(crash_points, [known[point] for point in points], unsynced)
@@ -265,6 +286,7 @@ def _summary(crash_points: CrashPoints, outcomes: list[dict[str, Any]], unsynced
         "effects": len(crash_points.effects),
         "points": len(outcomes),
         "not_reached": sum(not outcome["effect"] for outcome in outcomes),
+        "leased_again": sum(outcome["leased_again"] for outcome in outcomes),
         "same_digest": sum(outcome["digest"] == crash_points.digest for outcome in outcomes),
         "different": [outcome for outcome in outcomes if outcome["digest"] != crash_points.digest],
         "renamed_before_synced": unsynced,

@@ -108,6 +108,7 @@ class BookHandlers:
         return duplicate
 
     async def release(self, args: ReleaseArgs) -> None:
+        self._check_worker(args.worker_id)
         self.calls.append(args)
 
     async def status(self) -> dict[str, Any]:

@@ -149,9 +149,8 @@ class WorkerClient:
         Tried for a moment only, since a lease that is not given back ends by itself.
         """
         request = pb.ReleaseRequest(worker_id=worker_id, task_id=task_id, fence=fence, reason=reason, leaving=leaving)
-        self._connection.call(
-            self._control.Release, request, RELEASE_PATIENCE_S, _shorter(self._patience_s, RELEASE_PATIENCE_S)
-        )
+        patience_s = _shorter(self._patience_s, RELEASE_PATIENCE_S)
+        self._known_call(self._control.Release, request, RELEASE_PATIENCE_S, patience_s)
 
     def status(self) -> dict[str, Any]:
         """The state of the run."""

@@ -267,7 +267,8 @@ class LeasedTask:
         self._say(f"{self._lease.task_id}: failed: {reason}")
         if not isinstance(error, (ValueError, OSError)):
             self._say(traceback.format_exc().rstrip())
-        self._client.release(*self._key, reason)
+        with suppress(*WIRE_ERRORS):  # a lease that is not given back ends by itself
+            self._client.release(*self._key, reason)
         self._departure.asked.wait(1.0)  # whatever it was, do not try the next task in a hot loop
 
     def _beat(self, steps: int, loss: float, tokens: int) -> Pulse:

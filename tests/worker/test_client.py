@@ -109,6 +109,13 @@ def test_a_coordinator_that_forgot_the_worker_is_greeted_again(loopback: Loopbac
     assert [args.worker_id for args in loopback.handlers.calls if hasattr(args, "worker_name")] == ["", worker_id]
 
 
+def test_a_task_is_given_back_to_a_coordinator_that_forgot_the_worker(loopback: Loopback, client: WorkerClient) -> None:
+    worker_id = client.hello("host:1", CAPABILITIES).worker_id
+    loopback.handlers.workers.clear()
+    client.release(worker_id, TASK, FENCE, "disk full")
+    assert loopback.handlers.workers == {worker_id}
+
+
 def test_another_major_version_names_the_one_to_install(client: WorkerClient, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("worker.client.PROTOCOL_MAJOR", 2)
     with pytest.raises(VersionMismatch, match="install dipaco=="):
