@@ -108,7 +108,18 @@ def test_torch_is_not_loaded_by(name: str) -> None:
 
 def test_the_state_machine_has_no_socket_file_thread_or_clock() -> None:
     forbidden = {"socket", "threading", "asyncio", "time", "os", "pathlib", "sqlite3", "subprocess", "datetime"}
-    for name in ("state", "decisions", "machine", "leases", "arrivals", "plan", "stage_steps", "status", "outer"):
+    for name in (
+        "state",
+        "decisions",
+        "machine",
+        "leases",
+        "arrivals",
+        "virtual",
+        "plan",
+        "stage_steps",
+        "status",
+        "outer",
+    ):
         roots = {each.partition(".")[0] for each in imported(REPOSITORY / "coordinator" / f"{name}.py")}
         assert not roots & forbidden, f"coordinator/{name}.py imports {roots & forbidden}"
 

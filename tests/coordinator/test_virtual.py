@@ -1,0 +1,65 @@
+"""Virtual runs: undisturbed ones take what their costs add up to, disturbed ones lose what was in flight, no more."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from configs.schema import Config
+from coordinator.virtual import Costs, VirtualRun
+
+COSTS = Costs(step_s=1.0, other_task_s=5.0, overhead_s=2.0, outer_step_s=1.0, start_s=0.0)
+
+
+def make_config(grid: int, phases: int) -> Config:
+    experiment: dict[str, Any] = {
+        "model": {"blocks": 2, "hidden_size": 8, "heads": 2, "intermediate_size": 16, "sequence_length": 64},
+        "topology": {
+            "levels": [
+                {"modules": grid, "blocks": [0], "embedding": True},
+                {"modules": grid, "blocks": [1], "head": True},
+            ]
+        },
+        "sharding": {"kind": "random"},
+        "stages": [{"kind": "shard"}, {"kind": "train", "phases": phases, "inner_steps": 20}],
+    }
+    return Config.model_validate({"name": "virtual", "experiment": experiment})
+
+
+def starts(count: int) -> list[tuple[float, str, str]]:
+    return [(0.0, f"worker-{index}", "start") for index in range(count)]
+
+
+def test_an_undisturbed_run_takes_what_its_costs_add_up_to() -> None:
+    outcome = VirtualRun(make_config(2, 3), COSTS, starts(4)).run()
+    assert outcome.finished
+    assert outcome.steps_in_weights == outcome.steps_executed == 4 * 3 * 20
+    assert outcome.wall_s == pytest.approx(2 * (5 + 2) + 3 * (20 + 2 + 1))
+
+
+def test_fewer_workers_take_several_waves() -> None:
+    alone = VirtualRun(make_config(2, 3), COSTS, starts(1)).run()
+    four = VirtualRun(make_config(2, 3), COSTS, starts(4)).run()
+    assert alone.wall_s > 3.5 * four.wall_s
+    assert alone.steps_in_weights == four.steps_in_weights
+
+
+def test_a_kill_loses_the_steps_in_flight_and_another_worker_takes_over() -> None:
+    faults = [*starts(5), (14.0 + 12.0, "worker-1", "kill")]
+    outcome = VirtualRun(make_config(2, 3), COSTS, faults).run()
+    assert outcome.finished
+    assert outcome.kills == 1
+    assert outcome.steps_in_weights == 4 * 3 * 20
+    assert 0 < outcome.steps_executed - outcome.steps_in_weights <= 20
+    assert len(outcome.recovery_s) == 1
+    assert outcome.recovery_s[0] <= 4.0
+
+
+def test_all_workers_may_die_and_come_back() -> None:
+    deaths = [(30.0, f"worker-{index}", "kill") for index in range(4)]
+    faults = [*starts(4), *deaths, *((60.0, name, "start") for _, name, _ in deaths)]
+    outcome = VirtualRun(make_config(2, 2), COSTS, faults).run()
+    assert outcome.finished
+    assert outcome.steps_in_weights == 4 * 2 * 20
+    assert outcome.to_dict()["goodput"] < 1.0
