@@ -16,7 +16,11 @@ Keys = tuple[int | str, ...]
 
 
 def complaint(errors: list[ErrorDetails], data: Any) -> str:
-    """The first key that is wrong, all alternatives of its type joined, and how many more keys are wrong."""
+    """The first key that is wrong, all alternatives of its type joined, and how many more keys are wrong.
+
+    An unknown key comes first: it often is the misspelt form of one that seems to be missing.
+    """
+    errors = sorted(errors, key=lambda error: error["type"] != "extra_forbidden")
     places = [_walk(error["loc"], data) for error in errors]
     first, error, key = places[0], errors[0], _dotted(places[0])
     rest = len(set(places)) - 1

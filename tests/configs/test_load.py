@@ -103,6 +103,13 @@ def test_what_is_not_a_mapping_is_refused(text: str, sentence: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_a_misspelt_key_is_named_rather_than_the_one_it_leaves_missing() -> None:
+    tiny = Path(__file__).resolve().parents[2] / "configs" / "tests" / "tiny.yaml"
+    text = tiny.read_text(encoding="utf-8")
+    with pytest.raises(InvalidConfig, match=r"unknown key experiment\.model\.hidden_sise.*hidden_size"):
+        parse_config(text.replace("hidden_size", "hidden_sise"), "tiny.yaml")
+
+
 def test_a_missing_or_unreadable_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(InvalidConfig, match=r"there is no configuration file nowhere\.yaml"):
         load_config(Path("nowhere.yaml"))
