@@ -40,6 +40,8 @@ from worker.download import Download
 CALL_DEADLINE_S = 30.0
 HEARTBEAT_DEADLINE_S = 10.0
 RELEASE_PATIENCE_S = 3.0
+# Of one call: a coordinator that forgets a worker so often does it for another reason than a restart.
+MAX_GREETINGS = 10
 # A transfer that takes longer is cut here and goes on where it was: a stuck peer cannot hold it for ever.
 TRANSFER_DEADLINE_S = 600.0
 
@@ -221,16 +223,20 @@ class WorkerClient:
         self._connection.once(self._blobs.Upload, messages, TRANSFER_DEADLINE_S)
 
     def _known_call(self, method: Callable[..., Any], request: Any, deadline_s: float, patience_s: float | None) -> Any:
-        """A call that needs the coordinator to know the worker: one that forgot it is greeted again, once."""
+        """A call that needs the coordinator to know the worker: one that forgot it is greeted again.
+
+        More than once, since a coordinator may restart between the greeting and the call.
+        """
         call = self._connection.call
-        try:
-            return call(method, request, deadline_s, patience_s)
-        except UnknownWorker:
-            if self._greeting is None:
-                raise
-            with self._greeting_lock:
-                call(self._control.Hello, self._greeting, CALL_DEADLINE_S, patience_s)
-            return call(method, request, deadline_s, patience_s)
+        for _ in range(MAX_GREETINGS):
+            try:
+                return call(method, request, deadline_s, patience_s)
+            except UnknownWorker:
+                if self._greeting is None:
+                    raise
+                with self._greeting_lock:
+                    call(self._control.Hello, self._greeting, CALL_DEADLINE_S, patience_s)
+        return call(method, request, deadline_s, patience_s)
 
 
 class _Sending:

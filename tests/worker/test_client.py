@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from coordinator.handlers import HelloAnswer, HelloArgs
 from protocol.address import Address
 from protocol.certificates import write_certificates
 from protocol.errors import (
@@ -107,6 +108,26 @@ def test_a_coordinator_that_forgot_the_worker_is_greeted_again(loopback: Loopbac
     assert client.lease(worker_id, 0.0).task_id == TASK
     assert loopback.handlers.workers == {worker_id}
     assert [args.worker_id for args in loopback.handlers.calls if hasattr(args, "worker_name")] == ["", worker_id]
+
+
+def test_a_coordinator_that_forgets_right_after_the_greeting_is_greeted_again(
+    loopback: Loopback, client: WorkerClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker_id = client.hello("host-1", CAPABILITIES).worker_id
+    loopback.handlers.workers.clear()
+    greet, greetings = loopback.handlers.hello, 0
+
+    async def forgetful(args: HelloArgs) -> HelloAnswer:
+        nonlocal greetings
+        greetings += 1
+        answer = await greet(args)
+        if greetings < 3:
+            loopback.handlers.workers.clear()
+        return answer
+
+    monkeypatch.setattr(loopback.handlers, "hello", forgetful)
+    assert client.lease(worker_id, 0.0).task_id == TASK
+    assert greetings == 3
 
 
 def test_a_task_is_given_back_to_a_coordinator_that_forgot_the_worker(loopback: Loopback, client: WorkerClient) -> None:
