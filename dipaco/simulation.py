@@ -31,7 +31,6 @@ class HeldTask:
     worker: str
     kind: str
     begin_s: float
-    first_step: int = 0
     reported: tuple[float, int] = (0.0, 0)
     end_s: float = 0.0
     outcome: str = "lost"
@@ -53,8 +52,7 @@ def held_tasks(
         held = found.get(key)
         at_s, name = event["wall_s"], event["event"]
         if name == "leased" and held is None:
-            first = event.get("first_step", 0)
-            found[key] = HeldTask(*key, event["worker"], event["kind"], at_s, first, (at_s, first))
+            found[key] = HeldTask(*key, event["worker"], event["kind"], at_s, (at_s, 0))
             moves.setdefault(event["worker"], []).append(at_s)
         elif name == "progress" and held is not None:
             held.reported = (at_s, max(held.reported[1], event["steps"]))
@@ -71,11 +69,13 @@ def held_tasks(
             held.reported, held.seconds = (metric["wall_s"], metric["steps"]), metric["seconds"]
             held.end_s, held.outcome = metric["wall_s"], "completed"
     deaths = [(fault["process"], fault["wall_s"]) for fault in faults if fault["action"] in ENDINGS]
+    completions = {held.task_id: held.end_s for held in found.values() if held.outcome == "completed"}
     for held in found.values():
         if not held.end_s:
-            ends = [at_s for worker, at_s in deaths if worker == held.worker and at_s > held.begin_s]
+            ends = [completions.get(held.task_id, ended_s)]  # its worker is told so with the next heartbeat
+            ends += [at_s for worker, at_s in deaths if worker == held.worker and at_s > held.begin_s]
             ends += [at_s for at_s in moves[held.worker] if at_s > held.begin_s]
-            held.end_s = min([*ends, ended_s])
+            held.end_s = max(held.begin_s, min(ends))
     return list(found.values())
 
 
@@ -86,7 +86,7 @@ def count_steps(tasks: Sequence[HeldTask], faults: Sequence[Record]) -> int:
             held.seconds = held.end_s - held.begin_s
     training = [held for held in tasks if held.kind == "TRAIN"]
     completed = [held for held in training if held.outcome == "completed"]
-    step_s = _median([held.seconds / max(1, held.reported[1] - held.first_step) for held in completed]) or 1.0
+    step_s = _median([held.seconds / max(1, held.reported[1]) for held in completed]) or 1.0
     most = max((held.reported[1] for held in completed), default=0)
     stopped = [(fault["process"], fault["wall_s"]) for fault in faults if fault["action"] == "stop"]
     for held in training:
@@ -95,8 +95,8 @@ def count_steps(tasks: Sequence[HeldTask], faults: Sequence[Record]) -> int:
             hung_s = [at_s for worker, at_s in stopped if worker == held.worker and at_s > held.begin_s]
             unreported_s = max(0.0, min([*hung_s, held.end_s]) - held.reported[0])
             steps = max(steps, min(most, steps + round(unreported_s / step_s)))
-            held.seconds = min(held.end_s - held.begin_s, (steps - held.first_step) * step_s)
-        held.executed = max(0, steps - held.first_step)
+            held.seconds = min(held.end_s - held.begin_s, steps * step_s)
+        held.executed = steps
     return sum(held.executed for held in training)
 
 

@@ -16,9 +16,9 @@ def event(wall_s: float, name: str, **facts: Any) -> Record:
     return {"wall_s": wall_s, "event": name, **facts}
 
 
-def leased(wall_s: float, fence: int, worker: str, task_id: str = TASK, **more: Any) -> Record:
+def leased(wall_s: float, fence: int, worker: str, task_id: str = TASK) -> Record:
     kind = task_id.split("/")[1]
-    return event(wall_s, "leased", task_id=task_id, fence=fence, worker=worker, kind=kind, **more)
+    return event(wall_s, "leased", task_id=task_id, fence=fence, worker=worker, kind=kind)
 
 
 def completed(wall_s: float, fence: int, seconds: float, task_id: str = TASK) -> Record:
@@ -68,16 +68,6 @@ def test_a_kill_costs_the_steps_in_flight() -> None:
     assert outcome["participation"][-60][1:] == [1.0, 1.0]
 
 
-def test_steps_taken_before_a_lease_are_not_executed_under_it() -> None:
-    events, faults, metrics = FACTS["killed"]
-    resumed = [
-        each if each.get("fence") != 2 or each["event"] != "leased" else {**each, "first_step": 4} for each in events
-    ]
-    outcome = summarise(resumed, faults, metrics, 100.0, 120.0)
-    assert outcome["steps_in_weights"] == 10
-    assert outcome["steps_executed"] == (2 + round(2 / (10 / 6))) + 6
-
-
 def test_a_task_that_the_journal_has_is_completed_though_the_log_lacks_it() -> None:
     events = [*JOINS, leased(102, 1, "worker-0"), event(104, "opened"), leased(105, 1, "worker-0", "x/TRAIN/0/0")]
     faults = [*STARTS, fault(103, "coordinator", "kill")]
@@ -115,6 +105,12 @@ def test_a_second_holder_goes_on_at_once() -> None:
     outcome = summarise(events, [*STARTS, fault(105, "worker-0", "kill")], [metric("worker-1", 110, 7.0)], 100.0, 120.0)
     assert outcome["recovery_s"]["median"] == 0.0
     assert outcome["tasks_retried"] == 1
+
+
+def test_the_second_of_two_holders_works_until_the_first_is_done() -> None:
+    events = [*JOINS, leased(102, 1, "worker-0"), leased(108, 2, "worker-1"), completed(112, 1, seconds=10.0)]
+    outcome = summarise(events, STARTS, [metric("worker-0", 112, 10.0)], 100.0, 120.0)
+    assert outcome["steps_executed"] == 10 + 4
 
 
 def test_a_run_in_which_nothing_happened_has_no_recoveries() -> None:
