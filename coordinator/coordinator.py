@@ -321,7 +321,7 @@ class Coordinator:
     async def complete(self, worker_id: str, task_id: str, fence: int, result: TaskResult) -> bool:
         if self._journal.has_metric(task_id):
             return True
-        task = self._machine.leases.held_task(task_id, fence)
+        task = self._machine.leases.held_task(task_id, fence, worker_id)
         verified = self._spool.verified(task_id, fence)
         for name, ref in result.outputs.items():
             if verified.get(name) != ref:
@@ -389,7 +389,7 @@ class Coordinator:
         return self._spool.offset(task_id, fence, digest)
 
     async def begin_upload(self, header: UploadHeader) -> UploadSink:
-        task = self._machine.leases.held_task(header.task_id, header.fence)
+        task = self._machine.leases.held_task(header.task_id, header.fence, header.worker_id)
         expected = self._machine.expected_outputs(task)
         return await asyncio.to_thread(Upload, self._spool, header, expected, self._count)
 

@@ -17,6 +17,7 @@ from coordinator.state import Holder, Lifeline, Row, Stage, State, Task, Worker
 from protocol.errors import StaleLease, UnknownTask, UnknownWorker
 from protocol.tasks import Capabilities, Message
 
+MAX_WORKERS = 4096
 NUMERIC_KINDS = ("FEATURIZE", "TRAIN", "EVALUATE")
 # A heartbeat is overdue after so many intervals at the least, whatever was measured.
 BEATS_MISSED = 1.5
@@ -54,10 +55,18 @@ class Leases:
 
     def register(self, worker_id: str, name: str, capabilities: Capabilities, now: float) -> str:
         """A worker says hello, for the first time (empty id) or after a reconnection. Returns its id."""
+        if worker_id not in self.state.workers:
+            self._forget_silent(MAX_WORKERS - 1)
         worker_id = worker_id or f"w{self._random.getrandbits(48):012x}"
         held = [t.task_id for t in self.state.tasks.values() if any(h.worker_id == worker_id for h in t.holders)]
         self.state.workers[worker_id] = Worker(worker_id, name, capabilities, now, task_id=held[0] if held else "")
         return worker_id
+
+    def _forget_silent(self, limit: int) -> None:
+        """Forget those that were silent longest, beyond `limit`: they may say hello again."""
+        excess = max(0, len(self.state.workers) - limit)
+        for worker in sorted(self.state.workers.values(), key=lambda worker: worker.last_seen_s)[:excess]:
+            del self.state.workers[worker.worker_id]
 
     def known(self, worker_id: str, now: float) -> Worker:
         """The worker, heard of now; raises UnknownWorker."""
@@ -263,12 +272,12 @@ class Leases:
         overdue = {task_id for (task_id, _), lifeline in self.state.lifelines.items() if lifeline.overdue_s < now}
         return [task_id for task_id in overdue if len(self.state.tasks[task_id].holders) == 1]
 
-    def held_task(self, task_id: str, fence: int) -> Task:
-        """The task of a live lease; raises UnknownTask or StaleLease."""
+    def held_task(self, task_id: str, fence: int, worker_id: str | None = None) -> Task:
+        """The task of a live lease, which `worker_id` holds if given; raises UnknownTask or StaleLease."""
         task = self.state.tasks.get(task_id)
         if task is None:
             raise UnknownTask(f"there is no open task {task_id!r}")
-        if all(holder.fence != fence for holder in task.holders):
+        if all(holder.fence != fence or worker_id not in (None, holder.worker_id) for holder in task.holders):
             raise StaleLease(f"the lease of task {task_id} under fence {fence} has ended; drop the task")
         return task
 

@@ -134,7 +134,7 @@ class Machine:
     ) -> Decision:
         """All outputs of a task count. Raises StaleLease, UnknownTask or RejectedTensor."""
         worker = self.leases.known(worker_id, now)
-        task = self.leases.held_task(task_id, fence)
+        task = self.leases.held_task(task_id, fence, worker_id)
         expected = self.expected_outputs(task)
         if set(result.outputs) != set(expected):
             raise RejectedTensor(f"task {task_id} has outputs {sorted(result.outputs)}, expected {sorted(expected)}")

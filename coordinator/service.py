@@ -16,14 +16,17 @@ from typing import Any, TypeVar
 from coordinator.handlers import Handlers, HeartbeatArgs, HelloArgs, ReleaseArgs, UploadSink
 from protocol import dipaco_pb2 as pb
 from protocol import dipaco_pb2_grpc as pb_grpc
-from protocol.errors import UnknownBlob
-from protocol.tasks import MalformedMessage, decode_capabilities, decode_result, encode
+from protocol.errors import UnknownBlob, one_line
+from protocol.tasks import Capabilities, MalformedMessage, decode_capabilities, decode_result, encode
 from protocol.tensors import DEFAULT_CHUNK_BYTES, UploadHeader, check_chunk, decode_header
 from protocol.version import PROTOCOL_MAJOR, PROTOCOL_MINOR, check_worker_version, package_version
 
 T = TypeVar("T")
 
 MAX_LEASE_WAIT_S = 60.0
+# Of what workers say of themselves, which is kept for as long as they are known.
+MAX_CAPABILITIES_BYTES = 64 * 1024
+MAX_LABEL_CHARACTERS = 200
 _HEX = frozenset("0123456789abcdef")
 
 
@@ -32,6 +35,21 @@ def _digest(text: str) -> str:
     if len(text) != 64 or not _HEX.issuperset(text):
         raise MalformedMessage(f"a digest is 64 lower-case hex digits, not {text[:80]!r}")
     return text
+
+
+def _label(text: str, what: str) -> str:
+    """A short printable word; raises MalformedMessage. It is kept, and stands in logs and on screens."""
+    if len(text) > MAX_LABEL_CHARACTERS or not text.isprintable():
+        raise MalformedMessage(
+            f"{what} must be at most {MAX_LABEL_CHARACTERS} printable characters, not {text[:40]!r} ({len(text)} long)"
+        )
+    return text
+
+
+def _capabilities(data: bytes) -> Capabilities:
+    if len(data) > MAX_CAPABILITIES_BYTES:
+        raise MalformedMessage(f"capabilities of {len(data)} bytes; at most {MAX_CAPABILITIES_BYTES} are accepted")
+    return decode_capabilities(data)
 
 
 async def _to_the_end(work: Coroutine[Any, Any, T]) -> T:
@@ -55,10 +73,10 @@ class CoordinatorService(pb_grpc.CoordinatorServicer):  # type: ignore[misc, unu
         check_worker_version(request.protocol_major, request.package_version)
         answer = await self._handlers.hello(
             HelloArgs(
-                worker_name=request.worker_name,
-                worker_id=request.worker_id,
-                package_version=request.package_version,
-                capabilities=decode_capabilities(request.capabilities),
+                worker_name=_label(request.worker_name, "worker_name"),
+                worker_id=_label(request.worker_id, "worker_id"),
+                package_version=_label(request.package_version, "package_version"),
+                capabilities=_capabilities(request.capabilities),
             )
         )
         return pb.HelloReply(
@@ -110,7 +128,7 @@ class CoordinatorService(pb_grpc.CoordinatorServicer):  # type: ignore[misc, unu
                 worker_id=request.worker_id,
                 task_id=request.task_id,
                 fence=request.fence,
-                reason=request.reason,
+                reason=one_line(request.reason),
                 leaving=request.leaving,
             )
         )

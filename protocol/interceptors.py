@@ -11,9 +11,11 @@ from typing import Any, NoReturn
 
 import grpc
 import grpc.aio
+from google.protobuf.message import DecodeError
 
 from protocol.errors import NAME_KEY, NotAllowed, Refusal, one_line, refusal_of
 from protocol.security import ServerSecurity
+from protocol.tasks import MalformedMessage
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +32,31 @@ def _shape(handler: Any) -> str:
 def _with_behaviour(handler: Any, behaviour: Any) -> Any:
     """The same method with another behaviour."""
     make = getattr(grpc, f"{_shape(handler)}_rpc_method_handler")
-    return make(behaviour, handler.request_deserializer, handler.response_serializer)
+    return make(behaviour, _tolerant(handler.request_deserializer), handler.response_serializer)
+
+
+def _tolerant(deserialize: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
+    """Bytes that are no message become the refusal that they deserve; gRPC itself would answer INTERNAL."""
+
+    def parse(data: bytes) -> Any:
+        try:
+            return deserialize(data)
+        except (DecodeError, UnicodeDecodeError) as error:
+            return MalformedMessage(f"not a message of this call: {error}")
+
+    return parse
+
+
+def _parsed(request: Any) -> Any:
+    """The request, or each message of its stream; raises MalformedMessage."""
+    if isinstance(request, MalformedMessage):
+        raise request
+    return _parsed_stream(request) if hasattr(request, "__aiter__") else request
+
+
+async def _parsed_stream(messages: AsyncIterator[Any]) -> AsyncIterator[Any]:
+    async for message in messages:
+        yield _parsed(message)
 
 
 async def _abort(context: Any, error: Exception) -> NoReturn:
@@ -49,7 +75,7 @@ def _translating(behaviour: Any, streams: bool) -> Any:
 
     async def answer(request: Any, context: Any) -> Any:
         try:
-            return await behaviour(request, context)
+            return await behaviour(_parsed(request), context)
         except grpc.aio.AbortError:
             raise
         except Exception as error:
@@ -57,7 +83,7 @@ def _translating(behaviour: Any, streams: bool) -> Any:
 
     async def answer_stream(request: Any, context: Any) -> AsyncIterator[Any]:
         try:
-            async for message in behaviour(request, context):
+            async for message in behaviour(_parsed(request), context):
                 yield message
         except grpc.aio.AbortError:
             raise

@@ -9,10 +9,12 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 import msgpack
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, TypeAdapter, ValidationError
 
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Count = Annotated[int, Field(ge=0)]
+# What a worker says that it counted: sums over many tasks still fit 64 bits.
+Counted = Annotated[int, Field(ge=0, lt=2**48)]
 
 
 class MalformedMessage(ValueError):
@@ -153,13 +155,13 @@ class TaskResult(Message):
     """
 
     outputs: dict[str, BlobRef]
-    tokens: Count = 0
-    sequences: Count = 0
-    steps: Count = 0
-    loss_sum: float = 0.0
-    step_losses: list[float] = []
-    seconds: float = 0.0
-    fetched_bytes: dict[str, int] = {}
+    tokens: Counted = 0
+    sequences: Counted = 0
+    steps: Counted = 0
+    loss_sum: FiniteFloat = 0.0
+    step_losses: list[FiniteFloat] = []
+    seconds: FiniteFloat = 0.0
+    fetched_bytes: dict[str, Counted] = {}
 
 
 class Capabilities(Message):

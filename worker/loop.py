@@ -252,7 +252,7 @@ class LeasedTask:
     def _upload(self, name: str, outcome: TaskOutcome) -> int:
         blob, path = outcome.result.outputs[name], outcome.files[name]
         header = upload_header(self._lease.task_id, self._lease.fence, self._spec, name, path, blob)
-        return self._client.upload(path, header)
+        return self._client.upload(path, header.model_copy(update={"worker_id": self._joined.worker_id}))
 
     def _keep(self, outcome: TaskOutcome) -> None:
         """Outputs that later tasks read stay in the cache, if there is room."""
