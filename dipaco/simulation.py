@@ -3,7 +3,8 @@
 Pure. An inner step counts as executed when its worker reported it, or would have by the time of the fault at the median
 speed of completed tasks: reports come only with heartbeats. Goodput = inner steps in the weights / executed. Occupancy
 = seconds computing / seconds in which a ready worker (from its hello to its end) held a task or one was leasable.
-Recovery = from a fault to the next lease of the task it took away.
+Recovery = from a fault to the next lease of the task it took away; `while_free`: only the seconds of it in which a
+ready worker held nothing, since a task cannot run again before there is one.
 """
 
 from __future__ import annotations
@@ -136,12 +137,12 @@ def leasable_times(events: Iterable[Record], ended_s: float) -> Intervals:
 
 def recoveries(
     tasks: Sequence[HeldTask], faults: Sequence[Record], action: str, alive: dict[str, Intervals]
-) -> list[float]:
-    """For every fault of this kind that took a task away: seconds until the task was leased again.
+) -> Intervals:
+    """For every fault of this kind that took a task away: from when until when nobody had the task.
 
-    Zero where a living worker held the task, too.
+    Empty where a living worker held the task, too.
     """
-    found = []
+    found: Intervals = []
     for fault in faults:
         if fault["action"] != action:
             continue
@@ -151,9 +152,9 @@ def recoveries(
                 continue
             others = [other for other in tasks if other.task_id == held.task_id and other.fence != held.fence]
             if any(other.begin_s <= at_s < other.end_s and _covers(alive[other.worker], at_s) for other in others):
-                found.append(0.0)
+                found.append((at_s, at_s))
             else:
-                found += sorted(other.begin_s - at_s for other in others if other.begin_s > at_s)[:1]
+                found += sorted((at_s, other.begin_s) for other in others if other.begin_s > at_s)[:1]
     return found
 
 
@@ -180,6 +181,8 @@ def summarise(
         for worker in ready
         for begin_s, end_s in intersection(difference(ready[worker], holding[worker]), leasable)
     ]
+    free = union(moment for worker in ready for moment in difference(ready[worker], holding[worker]))
+    gaps = recoveries(tasks, faults, "kill", alive)
     possible_s = sum(measure(each) for each in could.values())
     busy_s = sum(min(held.seconds, _ready_s(held, ready)) for held in tasks)
     return {
@@ -190,8 +193,9 @@ def summarise(
         "steps_lost": executed - in_weights,
         "goodput": in_weights / executed if executed else 1.0,
         "occupancy": min(1.0, busy_s / possible_s) if possible_s else 1.0,
-        "recovery_s": _spread(recoveries(tasks, faults, "kill", alive)),
-        "hang_recovery_s": _spread(recoveries(tasks, faults, "stop", alive)),
+        "recovery_s": _spread([end_s - begin_s for begin_s, end_s in gaps]),
+        "recovery_while_free_s": _spread([measure(intersection([gap], free)) for gap in gaps]),
+        "hang_recovery_s": _spread([end - begin for begin, end in recoveries(tasks, faults, "stop", alive)]),
         "coordinator_absence_s": _spread(coordinator_absences(events, faults)),
         "offer_s": _spread(waited),
         "wall_s": ended_s - began_s,

@@ -61,6 +61,7 @@ def test_a_kill_costs_the_steps_in_flight() -> None:
     assert outcome["goodput"] == pytest.approx(10 / 14)
     assert (outcome["worker_kills"], outcome["coordinator_kills"], outcome["tasks_retried"]) == (1, 0, 1)
     assert outcome["recovery_s"] == {"count": 1, "median": 2.0, "p99": 2.0, "max": 2.0}
+    assert outcome["recovery_while_free_s"]["median"] == 2.0
     # worker-0 could work from 101 to 106 and computed 4 s; worker-1 from 101 to 102 and from 107 to 119: 10 s of 13.
     assert outcome["occupancy"] == pytest.approx(14 / 18)
     assert outcome["offer_s"]["max"] == 1.0
@@ -105,6 +106,21 @@ def test_a_second_holder_goes_on_at_once() -> None:
     outcome = summarise(events, [*STARTS, fault(105, "worker-0", "kill")], [metric("worker-1", 110, 7.0)], 100.0, 120.0)
     assert outcome["recovery_s"]["median"] == 0.0
     assert outcome["tasks_retried"] == 1
+
+
+def test_a_recovery_waits_for_a_worker_that_is_free() -> None:
+    other = "train/TRAIN/0/1"
+    events = [
+        *JOINS,
+        leased(102, 1, "worker-0"),
+        leased(102, 1, "worker-1", other),
+        completed(109, 1, seconds=7.0, task_id=other),
+        leased(110, 2, "worker-1"),
+    ]
+    metrics = [metric("worker-1", 109, 7.0, other)]
+    outcome = summarise(events, [*STARTS, fault(105, "worker-0", "kill")], metrics, 100.0, 120.0)
+    assert outcome["recovery_s"]["median"] == 5.0
+    assert outcome["recovery_while_free_s"]["median"] == 1.0
 
 
 def test_the_second_of_two_holders_works_until_the_first_is_done() -> None:
