@@ -12,7 +12,7 @@ from typing import Any
 
 from coordinator.arrivals import MIN_ARRIVALS
 from coordinator.decisions import Decision, Lease
-from coordinator.plan import Plan
+from coordinator.plan import TRAINING, Plan
 from coordinator.state import Holder, Lifeline, Row, Stage, State, Task, Worker
 from protocol.errors import StaleLease, UnknownTask, UnknownWorker
 from protocol.tasks import Capabilities, Message
@@ -103,7 +103,9 @@ class Leases:
         holder = Holder(worker.worker_id, task.fence + 1)
         leased = replace(task, status="leased", holders=(*task.holders, holder), fence=holder.fence)
         stage = self.state.stages[task.stage]
-        pinned = [replace(stage, fingerprint=worker.capabilities.fingerprint)] if self._pins(stage, task) else []
+        pinned = (
+            [replace(stage, fingerprint=worker.capabilities.fingerprint)] if self._pins(stage, task, worker) else []
+        )
         self._begin(leased, holder, now)
         worker.task_id, worker.steps = task.task_id, 0
         return Lease(Decision((leased, *pinned)), leased, holder.fence, spec)
@@ -166,7 +168,7 @@ class Leases:
             return f"task {task.task_id} needs device {numerics.device}; this worker has {', '.join(offered.devices)}"
         if numerics.threads > offered.threads:
             return f"task {task.task_id} needs {numerics.threads} threads; this worker offers {offered.threads}"
-        if self._is_strict() and stage.fingerprint not in ("", offered.fingerprint):
+        if self._is_strict() and stage.fingerprint not in ("", offered.fingerprint) and self._is_begun(stage):
             return (
                 f"stage {stage.name} is pinned to {stage.fingerprint!r} (determinism: strict) and this worker is "
                 f"{offered.fingerprint!r}"
@@ -176,8 +178,15 @@ class Leases:
     def _is_strict(self) -> bool:
         return self.plan.experiment.determinism == "strict"
 
-    def _pins(self, stage: Stage, task: Task) -> bool:
-        return self._is_strict() and not stage.fingerprint and task.kind in NUMERIC_KINDS
+    def _pins(self, stage: Stage, task: Task, worker: Worker) -> bool:
+        differs = stage.fingerprint != worker.capabilities.fingerprint
+        return self._is_strict() and task.kind in NUMERIC_KINDS and differs
+
+    def _is_begun(self, stage: Stage) -> bool:
+        """Whether a result of the stage counts or is being worked at: a class that left nothing behind binds nobody."""
+        if any(task.kind in NUMERIC_KINDS and task.status != "ready" for task in self.state.tasks_of(stage.name)):
+            return True
+        return stage.kind in TRAINING and any(shard.phase for shard in self.state.shards_of(stage.model))
 
     def _preference(self, task: Task, worker: Worker, cached: frozenset[str], now: float) -> tuple[Any, ...]:
         """Earlier phases first, what this worker has not failed at, overdue tasks, then what it has the inner state of.

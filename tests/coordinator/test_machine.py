@@ -366,11 +366,11 @@ def test_a_task_that_keeps_failing_pauses_the_run_with_the_reasons() -> None:
     assert driver.lease(driver.hello("newer")) is not None
 
 
-def until_training(driver: Driver) -> str:
-    """Work until the next task is a TRAIN task; returns the worker."""
+def until_training(driver: Driver, stage: str = "") -> str:
+    """Work until the next task is a TRAIN task (of a stage); returns the worker."""
     worker = driver.hello("packer")
     while (task := driver.lease(worker)) is not None:
-        if task.kind == "TRAIN":
+        if task.kind == "TRAIN" and stage in ("", task.stage):
             driver.commit(driver.machine.leases.release(worker, task.task_id, task.fence, "", False, driver.now))
             return worker
         driver.complete(worker, task)
@@ -387,13 +387,26 @@ def test_a_worker_with_too_little_memory_is_told_so() -> None:
 
 
 def test_strict_determinism_pins_a_stage_to_one_class() -> None:
-    driver = Driver(make_config())
-    until_training(driver)
+    driver = Driver(make_config(baselines=[]))
+    worker = until_training(driver, "train")
     other = driver.hello("other", OFFER.model_copy(update={"fingerprint": "b"}))
+    task = driver.lease(worker)
+    assert task is not None
+    assert "pinned to 'a'" in driver.machine.leases.lease(other, frozenset(), 0.0).waiting_for
+    driver.complete(worker, task)
     assert "pinned to 'a'" in driver.machine.leases.lease(other, frozenset(), 0.0).waiting_for
     free = Driver(make_config(determinism="any"))
     until_training(free)
     assert free.lease(free.hello("other", OFFER.model_copy(update={"fingerprint": "b"}))) is not None
+
+
+def test_a_class_that_left_nothing_behind_binds_nobody() -> None:
+    """A worker that leases first and goes away must not leave a run that no other class may continue."""
+    driver = Driver(make_config(baselines=[]))
+    worker = until_training(driver, "train")
+    other = driver.hello("other", OFFER.model_copy(update={"fingerprint": "b"}))
+    assert driver.lease(other) is not None
+    assert "pinned to 'b'" in driver.machine.leases.lease(worker, frozenset(), 0.0).waiting_for
 
 
 def test_a_device_that_is_missing_is_named() -> None:
