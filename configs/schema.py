@@ -236,7 +236,7 @@ class EvaluationConfig(Section):
     """What is measured, on which split. The first `prefix_tokens` of every sequence never count."""
 
     split: Literal["validation", "test"] = "test"
-    routes: list[Annotated[str, Field(pattern=r"^(sequence|every:\d+|oracle:sequence|oracle:every:\d+)$")]] = [
+    routes: list[Annotated[str, Field(pattern=r"^(sequence|oracle:sequence|(oracle:)?every:[1-9]\d*)$")]] = [
         "sequence",
         "every:32",
         "oracle:sequence",
@@ -354,6 +354,15 @@ class Execution(Section):
     keep_versions: Annotated[int, Field(ge=1)] = 2
     max_attempts: PositiveInt = 3
     low_disk_bytes: Annotated[int, Field(ge=0)] = 64 * 1024**2
+
+    @model_validator(mode="after")
+    def _leases_outlast_heartbeats(self) -> Execution:
+        if self.lease_s < 3 * self.heartbeat_s:
+            raise ValueError(
+                f"execution.lease_s ({self.lease_s:g}) must be at least 3 times heartbeat_s ({self.heartbeat_s:g}), "
+                "or a lease ends before its worker is heard of"
+            )
+        return self
 
 
 class Config(Section):

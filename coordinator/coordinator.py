@@ -34,7 +34,6 @@ from coordinator.handlers import (
 from coordinator.jobs import Jobs
 from coordinator.journal import Journal, RunUnusable
 from coordinator.machine import Machine
-from coordinator.outer import contribution_weights
 from coordinator.plan import Plan
 from coordinator.spool import Spool
 from coordinator.state import Standing, State, Task
@@ -240,7 +239,10 @@ class Coordinator:
         try:
             await work
         except ValueError as error:
-            self._commit(self._machine.pause(str(error)))
+            if type(error) is ValueError:  # a library's, not one of the refusals that our packages declare
+                self._fail(error)
+            else:
+                self._commit(self._machine.pause(str(error)))
         except Exception as error:
             self._fail(error)
         finally:
@@ -258,7 +260,6 @@ class Coordinator:
         """Step one module on its contributions, durably, then publish the version."""
         async with self._step_slots:
             outer = self._plan.outer(due.model)
-            weights = contribution_weights([tokens for _, tokens, _ in due.contributions])
             outcome = await asyncio.to_thread(
                 self._executor.step,
                 (due.model, due.module.module_id),
@@ -266,10 +267,7 @@ class Coordinator:
                 self._plan.module_spec(self._machine.state, due.model, due.module.module_id),
                 self._store.path(due.module.params.digest),
                 None if due.module.momentum is None else self._store.path(due.module.momentum.digest),
-                [
-                    (weight, self._store.path(ref.digest))
-                    for weight, (_, _, ref) in zip(weights, due.contributions, strict=True)
-                ],
+                [(weight, self._store.path(ref.digest)) for _, weight, ref in due.contributions],
                 outer,
             )
         params = BlobRef(digest=outcome.params[0], size=outcome.params[1])
@@ -358,12 +356,11 @@ class Coordinator:
         model, shard = self._machine.state.stages[task.stage].model, int(task.subject)
         topology = self._plan.topology(model)
         for module_id in topology.modules_of_path(topology.path_of_shard(shard)):
-            shards = topology.shards_of_module(module_id)
-            tokens = [self._machine.state.shards[f"{model}/{other}"].training_tokens for other in shards]
-            if len(shards) > 1:
-                weight = contribution_weights(tokens)[shards.index(shard)]
-                path = self._store.path(outputs[module_id].digest)
-                add = asyncio.to_thread(self._executor.add, (model, module_id), task.phase, shards, shard, weight, path)
+            weights = self._plan.contribution_weights(self._machine.state, model, module_id)
+            if len(weights) > 1:
+                path, key = self._store.path(outputs[module_id].digest), (model, module_id)
+                order, weight = list(weights), weights[shard]
+                add = asyncio.to_thread(self._executor.add, key, task.phase, order, shard, weight, path)
                 self._start((model, module_id, task.phase, shard), add)
 
     async def release(self, args: ReleaseArgs) -> None:

@@ -33,8 +33,8 @@ class Lease:
 
 @dataclass(frozen=True, slots=True)
 class StepDue:
-    """A module whose contributions for its version are all in: (shard, training tokens, blob) in shard order."""
+    """A module whose contributions for its version are all in: (shard, weight, blob) in shard order."""
 
     model: str
     module: Module
-    contributions: tuple[tuple[int, int, BlobRef], ...]
+    contributions: tuple[tuple[int, float, BlobRef], ...]

@@ -76,15 +76,13 @@ def step_module(
     out_params: Path,
     out_momentum: Path,
     chunk_elements: int = CHUNK_ELEMENTS,
-    num_contributions: int | None = None,
     partial: PartialSum | None = None,
 ) -> StepOutcome:
     """One Nesterov step of a module from files to files; `contributions` in shard order.
 
-    `num_contributions` counts for the rescaling (None: those given). Raises TensorMismatch for files that do not hold
-    the module's tensors, NoContributions, and NonFiniteStep.
+    Raises TensorMismatch for files that do not hold the module's tensors, NoContributions, and NonFiniteStep.
     """
-    scale = gradient_scale(len(contributions) if num_contributions is None else num_contributions, outer.rescale)
+    scale = gradient_scale(len(contributions), outer.rescale)
     gradient = _Gradient(spec, contributions, scale, partial)
     old_params = FlatFile(params, spec.tensors)
     old_momentum = FlatFile(momentum, spec.tensors) if momentum is not None else None
@@ -171,7 +169,6 @@ class Executor:
         momentum_path: Path | None,
         contributions: Sequence[Contribution],
         outer: OuterConfig,
-        num_contributions: int | None = None,
     ) -> StepOutcome:
         """The version after `version`, durable in the store before this returns; repeating it gives the same digests.
 
@@ -192,7 +189,6 @@ class Executor:
                         outer,
                         *files,
                         self._chunk_elements,
-                        num_contributions,
                         self._sum_of(key, version),
                     )
                     self._adopt(outcome, *files)

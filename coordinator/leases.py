@@ -7,6 +7,7 @@ holders at most: the first complete wins, the other is a no-op. DiPaCo Sec 3 (ta
 from __future__ import annotations
 
 import random
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -238,11 +239,16 @@ class Leases:
         return lifeline.advanced_s + STANDSTILL_STEPS * worker.step_times.mean_s + STANDSTILL_S
 
     def release(self, worker_id: str, task_id: str, fence: int, reason: str, leaving: bool, now: float) -> Decision:
-        """The worker gives a task back, with a reason as a failed attempt; too many of these pause the run."""
+        """The worker gives a task back, with a reason as a failed attempt; too many of these pause the run.
+
+        A worker that leaves gives back whatever it holds.
+        """
         worker = self.known(worker_id, now)
         worker.task_id = ""
         if leaving:
             del self.state.workers[worker_id]
+            held = [(task, holder) for task in self.state.tasks.values() if (holder := _holder(task, worker_id))]
+            return Decision(tuple(self._without(task, holder) for task, holder in held))
         task = self.state.tasks.get(task_id)
         holder = Holder(worker_id, fence)
         if task is None or holder not in task.holders:
@@ -254,7 +260,7 @@ class Leases:
         failures = (*task.failures, failure) if failure else task.failures
         back = replace(back, failures=failures)
         if failure and len(failures) >= self.execution.max_attempts:
-            reason = f"task {task.task_id} failed {len(failures)} times ({'; '.join(failures)})"
+            reason = f"task {task.task_id} failed {len(failures)} times ({'; '.join(_counted(failures))})"
             return back, replace(self.state.standing, paused=reason)
         return (back,)
 
@@ -293,3 +299,12 @@ class Leases:
 
 def _holder(task: Task, worker_id: str) -> Holder | None:
     return next((holder for holder in task.holders if holder.worker_id == worker_id), None)
+
+
+def _counted(failures: Iterable[str]) -> list[str]:
+    """Each reason once, with the workers that gave it."""
+    workers: dict[str, list[str]] = {}
+    for failure in failures:
+        name, _, reason = failure.partition(": ")
+        workers.setdefault(reason, []).append(name)
+    return [f"{', '.join(dict.fromkeys(names))}: {reason}" for reason, names in workers.items()]

@@ -212,7 +212,8 @@ class Machine:
         found = self.contributions(model, module.module_id)
         if len(found) < len(shards) or module.version >= self.plan.num_phases(model):
             return None
-        taken = tuple((s.shard, s.training_tokens, task.outputs[module.module_id]) for s, task in found)
+        weights = self.plan.contribution_weights(self.state, model, module.module_id)
+        taken = tuple((s.shard, weights[s.shard], task.outputs[module.module_id]) for s, task in found)
         return StepDue(model, module, taken)
 
     def module_stepped(self, due: StepDue, params: BlobRef, momentum: BlobRef | None, wall_s: float) -> Decision:

@@ -13,6 +13,7 @@ from typing import Any
 
 from configs.schema import Config, OuterConfig
 from coordinator.memory import train_bytes
+from coordinator.outer import contribution_weights
 from coordinator.state import Shard, Stage, State, Task
 from model.layout import ModuleSpec, TensorSpec, module_spec, path_tensors
 from model.topology import Topology
@@ -145,6 +146,12 @@ class Plan:
         return self.path_ref(state, BASE, 0)
 
     # --- training ---------------------------------------------------------------------------------------------------
+
+    def contribution_weights(self, state: State, model: str, module_id: str) -> dict[int, float]:
+        """The weight of each shard's contribution to a module, by shard in the order in which they are added."""
+        shards = self.topology(model).shards_of_module(module_id)
+        tokens = [state.shards[f"{model}/{shard}"].training_tokens for shard in shards]
+        return dict(zip(shards, contribution_weights(tokens), strict=True))
 
     def train_task(self, stage: Stage, shard: Shard) -> Task:
         """The next task of a shard."""

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from configs.load import resume_difference, to_yaml
+from configs.load import NUMERICS_VERSION, resume_difference, to_yaml
 from configs.schema import Config
 from coordinator.coordinator import Coordinator
 from coordinator.events import EventLog
@@ -27,6 +27,12 @@ def write_config(config: Config, run_dir: Path) -> None:
     """Put the configuration of a new run into its directory; on a resumed one refuse what would change its bits."""
     journal = Journal(run_dir)
     try:
+        numerics = journal.meta("numerics")
+        if numerics not in (None, str(NUMERICS_VERSION)):
+            raise RunUnusable(
+                f"{run_dir} was computed with numerics version {numerics}, this version of dipaco has "
+                f"{NUMERICS_VERSION}; use the version that made it, or another --run-dir"
+            )
         stored = journal.meta("config")
         if stored is not None:
             difference = resume_difference(Config.model_validate(json.loads(stored)), config)
@@ -36,6 +42,7 @@ def write_config(config: Config, run_dir: Path) -> None:
                     "restore the key, or use another --run-dir"
                 )
         journal.set_meta("config", config.model_dump_json())
+        journal.set_meta("numerics", str(NUMERICS_VERSION))
         (run_dir / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
     finally:
         journal.close()
@@ -114,7 +121,10 @@ async def serve_until(
         await coordinator.close()
         log.close()
     if coordinator.paused:
-        raise RunPaused(f"{coordinator.paused}; mend it and start the same command again")
+        raise RunPaused(
+            f"{coordinator.paused}; mend it and start the same command again (where the remedy lies under "
+            "`experiment`: in another --run-dir)"
+        )
 
 
 async def _until_over(coordinator: Coordinator, stopped: asyncio.Event) -> None:

@@ -110,6 +110,18 @@ def test_a_misspelt_key_is_named_rather_than_the_one_it_leaves_missing() -> None
         parse_config(text.replace("hidden_size", "hidden_sise"), "tiny.yaml")
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "sentence"),
+    [
+        ("experiment/evaluation/routes", ["every:0"], r"experiment\.evaluation\.routes\[0\]"),
+        ("execution/heartbeat_s", 15.0, r"lease_s \(12\) must be at least 3 times heartbeat_s \(15\)"),
+    ],
+)
+def test_what_could_never_go_well_is_refused_before_the_start(key: str, value: Any, sentence: str) -> None:
+    with pytest.raises(InvalidConfig, match=sentence):
+        parse_config(changed(key, value), "changed.yaml")
+
+
 def test_a_missing_or_unreadable_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(InvalidConfig, match=r"there is no configuration file nowhere\.yaml"):
         load_config(Path("nowhere.yaml"))

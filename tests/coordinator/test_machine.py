@@ -166,6 +166,31 @@ def test_a_module_takes_the_contributions_of_its_own_shards_in_shard_order() -> 
     assert len(everything) == len(set(everything)) == 12
 
 
+def test_contributions_are_weighted_by_tokens_and_added_in_shard_order() -> None:
+    """Three shards of one module, completed last to first: the order and the weights are those of the plan."""
+    levels = {"levels": [{"modules": 1, "blocks": [0, 1], "embedding": True, "head": True}], "replicas": 3}
+    driver = Driver(make_config(topology=levels, sharding={"kind": "random"}, baselines=[]))
+    workers = [driver.hello(f"worker {index}") for index in range(3)]
+    until_training(driver)
+    while driver.machine.state.stages["train"].status != "running":
+        task = driver.lease(workers[0])
+        assert task is not None
+        driver.complete(workers[0], task)
+    state = driver.machine.state
+    for shard, tokens in enumerate((100, 300, 600)):
+        state.shards[f"mixture/{shard}"] = replace(state.shards[f"mixture/{shard}"], training_tokens=tokens)
+    held = [(worker, driver.lease(worker)) for worker in workers]
+    for worker, task in reversed(held):
+        assert task is not None
+        result = driver.result(task)
+        decision = driver.machine.complete(worker, task.task_id, task.fence, result, driver.now, driver.now)
+        driver.commit(decision)
+    [due] = driver.machine.due_steps()
+    assert [shard for shard, _, _ in due.contributions] == [0, 1, 2], "contributions are added in shard order"
+    weights = [weight for _, weight, _ in due.contributions]
+    assert weights == pytest.approx([0.1, 0.3, 0.6]), "a weight is the shard's share of the module's training tokens"
+
+
 @settings(max_examples=40, deadline=None)
 @given(st.data())
 def test_faults_change_nothing_in_the_result(data: st.DataObject) -> None:
@@ -348,6 +373,18 @@ def test_an_unknown_worker_is_told_to_say_hello() -> None:
         Driver(make_config()).machine.leases.lease("w0", frozenset(), 0.0)
 
 
+def test_a_worker_that_leaves_gives_back_what_it_holds() -> None:
+    driver = Driver(make_config())
+    leaving, other = driver.hello("leaving"), driver.hello("other")
+    task = driver.lease(leaving)
+    assert task is not None
+    driver.commit(driver.machine.leases.release(leaving, "", 0, "", True, driver.now))
+    again = driver.lease(other)
+    assert again is not None
+    assert again.task_id == task.task_id
+    assert driver.machine.state.tasks[task.task_id].failures == ()
+
+
 def test_a_task_that_keeps_failing_pauses_the_run_with_the_reasons() -> None:
     driver = Driver(make_config())
     task_id = ""
@@ -358,7 +395,8 @@ def test_a_task_that_keeps_failing_pauses_the_run_with_the_reasons() -> None:
         assert task_id in ("", task.task_id)
         task_id = task.task_id
         driver.commit(driver.machine.leases.release(worker, task_id, task.fence, "out of memory", False, 0.0))
-    assert "failed 3 times" in driver.machine.state.standing.paused
+    paused = driver.machine.state.standing.paused
+    assert "failed 3 times (worker 0, worker 1, worker 2: out of memory)" in paused
     lease = driver.machine.leases.lease(driver.hello("new"), frozenset(), 0.0)
     assert lease.task is None
     assert "paused" in lease.waiting_for

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -187,3 +189,15 @@ def test_a_changed_experiment_is_refused_on_resume(undisturbed: tuple[Path, str]
     assert refused.returncode == 1
     assert "experiment.inner.learning_rate" in refused.stderr
     assert "Traceback" not in refused.stderr
+
+
+def test_a_run_of_other_numerics_is_refused(undisturbed: tuple[Path, str], tmp_path: Path) -> None:
+    folder, _ = undisturbed
+    shutil.copytree(folder / "run", tmp_path / "run")
+    with sqlite3.connect(tmp_path / "run" / "state.db") as connection:
+        connection.execute("UPDATE meta SET value = '0' WHERE key = 'numerics'")
+    connection.close()
+    shutil.copy(folder / "tiny.yaml", tmp_path)
+    refused = run(tmp_path, "coordinator", "tiny.yaml", "--run-dir", "run", "--listen", "127.0.0.1:0")
+    assert refused.returncode == 1
+    assert "numerics version 0" in refused.stderr
