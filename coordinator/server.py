@@ -76,8 +76,7 @@ async def start_server(
     Raises BadAddress, and CannotListen where the port is taken or plain traffic would leave the machine unasked.
     """
     assert 0 < chunk_bytes <= MAX_CHUNK_BYTES
-    address = parse_address(listen)
-    _check_protection(address, security, insecure)
+    address = check_listen(listen, security, insecure)
     interceptors = [ErrorInterceptor(), *([TokenInterceptor(security)] if security else [])]
     server = grpc.aio.server(interceptors=interceptors, options=_OPTIONS)
     pb_grpc.add_CoordinatorServicer_to_server(CoordinatorService(handlers, chunk_bytes), server)
@@ -90,9 +89,11 @@ async def start_server(
     return RunningServer(Address(address.host, port), security is not None, server, health_service)
 
 
-def _check_protection(address: Address, security: ServerSecurity | None, insecure: bool) -> None:
+def check_listen(listen: str, security: ServerSecurity | None, insecure: bool) -> Address:
+    """The address, if a server may listen there; raises BadAddress, CannotListen where traffic would be unprotected."""
+    address = parse_address(listen)
     if security is not None or address.is_loopback:
-        return
+        return address
     if not insecure:
         raise CannotListen(
             f"{address} is reachable from other machines and the run has no certificates; make them with "
@@ -101,6 +102,7 @@ def _check_protection(address: Address, security: ServerSecurity | None, insecur
     logger.warning(
         "listening at %s without TLS and without a token: anyone who reaches it can join or read the run", address
     )
+    return address
 
 
 async def _add_health(server: Any, services: Sequence[str]) -> Any:

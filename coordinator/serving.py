@@ -15,7 +15,7 @@ from coordinator.coordinator import Coordinator
 from coordinator.events import EventLog
 from coordinator.journal import Journal, RunLock, RunUnusable
 from coordinator.recording import Recording
-from coordinator.server import start_server
+from coordinator.server import check_listen, start_server
 from protocol.security import load_security
 
 
@@ -61,6 +61,7 @@ def serve(
 
     `ready` is told the address once workers can connect. Raises RunUnusable, RunPaused, NotAllowed, OSError.
     """
+    check_listen(listen, load_security(run_dir), insecure)  # before anything of the run is written
     run_dir.mkdir(parents=True, exist_ok=True)
     lock = RunLock(run_dir)
     try:
