@@ -37,6 +37,7 @@ class Connection:
         self.address = address
         self.channel = open_channel(address, join, insecure=insecure)
         self._metadata = call_metadata(join)
+        self._unanswered_plain = join is None
         self._say = say
         self._silent = False
         self._closed = threading.Event()
@@ -49,7 +50,9 @@ class Connection:
     def once(self, method: Callable[..., Any], request: Any, deadline_s: float) -> Any:
         """One attempt of a call."""
         with self.translated():
-            return method(request, timeout=deadline_s, metadata=self._metadata)
+            result = method(request, timeout=deadline_s, metadata=self._metadata)
+            self._unanswered_plain = False
+            return result
 
     def stream(self, method: Callable[..., Any], request: Any, deadline_s: float) -> Generator[Any, None, None]:
         """The messages of one answer that is a stream; closing the generator ends the call."""
@@ -87,7 +90,7 @@ class Connection:
         try:
             yield
         except grpc.RpcError as error:
-            raise from_rpc_error(error, str(self.address)) from None
+            raise from_rpc_error(error, str(self.address), unanswered_plain=self._unanswered_plain) from None
         except ValueError:
             if self._closed.is_set():  # gRPC's answer to a call on a closed channel
                 raise self._was_closed() from None

@@ -81,6 +81,8 @@ _BY_NAME = {kind.__name__: kind for kind in STATUS_OF}
 # Statuses without a name come from gRPC itself, or from something between the two sides.
 _UNREACHED = ("UNAVAILABLE", "CANCELLED", "DEADLINE_EXCEEDED")
 _CUT_OFF = ("RST_STREAM", "Stream removed", "GOAWAY", "Connection reset")
+# What a client without a join file sees of a side that speaks TLS.
+_HUNG_UP = ("Socket closed", "Connection reset", "connection reset")
 _UNTRUSTED = (
     "CERTIFICATE_VERIFY_FAILED",
     "certificate verify failed",
@@ -113,8 +115,11 @@ def one_line(message: str) -> str:
     return " ".join(message.split())[:MAX_MESSAGE_CHARACTERS]
 
 
-def from_rpc_error(error: Any, address: str) -> Exception:
-    """The domain exception that a failed call (a `grpc.RpcError`) stands for; `address` names the other side."""
+def from_rpc_error(error: Any, address: str, *, unanswered_plain: bool = False) -> Exception:
+    """The domain exception that a failed call (a `grpc.RpcError`) stands for; `address` names the other side.
+
+    `unanswered_plain`: without TLS, and nothing was ever answered.
+    """
     status, details = error.code().name, one_line(error.details() or "")
     name = dict(error.trailing_metadata() or ()).get(NAME_KEY, "")
     if name in _BY_NAME:
@@ -124,7 +129,9 @@ def from_rpc_error(error: Any, address: str) -> Exception:
             f"the certificate of {address} is not signed by the CA of the join file; get the run's newest one"
         )
     if status in _UNREACHED or any(sign in details for sign in _CUT_OFF):
-        return Unavailable(f"nobody answers at {address} ({details})")
+        hung_up = unanswered_plain and any(sign in details for sign in _HUNG_UP)
+        hint = "; it may require the join file (--join)" if hung_up else ""
+        return Unavailable(f"nobody answers at {address} ({details}){hint}")
     if status in ("UNAUTHENTICATED", "PERMISSION_DENIED"):
         return NotAllowed(f"{address} refuses the call: {details}")
     if status == "UNIMPLEMENTED":

@@ -97,5 +97,19 @@ def test_failures_without_a_name_are_told_apart(status: str, details: str, kind:
     assert "host:1" in str(error)
 
 
+@pytest.mark.parametrize(
+    ("details", "unanswered_plain", "hinted"),
+    [
+        ("failed to connect to all addresses; last error: UNAVAILABLE: ipv4:1.2.3.4:7070: Socket closed", True, True),
+        ("recvmsg:Connection reset by peer", True, True),
+        ("connection refused", True, False),
+        ("Socket closed", False, False),
+    ],
+)
+def test_who_is_hung_up_on_may_need_the_join_file(details: str, unanswered_plain: bool, hinted: bool) -> None:
+    error = from_rpc_error(Failed("UNAVAILABLE", details), "host:1", unanswered_plain=unanswered_plain)
+    assert str(error).endswith("; it may require the join file (--join)") is hinted
+
+
 def test_an_unknown_name_of_a_newer_side_is_still_an_error() -> None:
     assert type(from_rpc_error(Failed("ABORTED", "new", "BrandNew"), "host:1")) is RemoteFailure

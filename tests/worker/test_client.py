@@ -368,8 +368,25 @@ def test_a_coordinator_of_another_ca_is_not_trusted(secured: tuple[Loopback, Joi
 
 def test_plain_traffic_does_not_reach_a_secured_server(secured: tuple[Loopback, JoinFile]) -> None:
     loopback, _ = secured
-    with WorkerClient(loopback.address, patience_s=0.3) as client, pytest.raises(Unavailable):
+    with WorkerClient(loopback.address, patience_s=0.3) as client, pytest.raises(Unavailable, match="--join"):
         client.status()
+
+
+def test_who_was_answered_before_needs_no_join_file(loopback: Loopback, client: WorkerClient) -> None:
+    assert client.status() == {"stages": []}
+    kinds: list[bool] = []
+
+    def failed(error: object, address: str, *, unanswered_plain: bool = False) -> Unavailable:
+        kinds.append(unanswered_plain)
+        return Unavailable(address)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("protocol.connection.from_rpc_error", failed)
+        patch.setattr(client, "_patience_s", 0.0)
+        loopback.stop()
+        with pytest.raises(Unavailable):
+            client.status()
+    assert set(kinds) == {False}
 
 
 def test_traffic_to_another_machine_is_not_plain_unasked() -> None:
