@@ -6,7 +6,11 @@ so is trouble with a file. Anything else is a bug of ours and keeps its tracebac
 
 from __future__ import annotations
 
+import errno
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 from dipaco.shadows import PACKAGES
 
@@ -18,6 +22,7 @@ USAGE = 2
 UNFINISHED = 3
 """The run stopped before its end and continues when it is started again."""
 INTERRUPTED = 130
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 
 class Refused(ValueError):
@@ -30,8 +35,20 @@ def sentence(error: BaseException) -> str | None:
         return str(error.strerror or error) if isinstance(error, OSError) else str(error)
     if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
         where = f" ({error.filename})" if error.filename else ""
-        return f"{error.strerror or error}{where}"
+        then = "; make room and give the same command again: a run continues where it was"
+        return f"{error.strerror or error}{where}" + (then if error.errno in NO_ROOM else "")
     return None
+
+
+@contextmanager
+def no_room_at(path: Path) -> Iterator[None]:
+    """Name the path where a disk is full: the system does so when a file is opened, not when it is written."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in NO_ROOM and error.filename is None:
+            error.filename = str(path)
+        raise
 
 
 def say_wrong(message: str) -> None:

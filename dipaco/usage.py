@@ -11,6 +11,8 @@ from typing import Any
 
 import psutil
 
+from dipaco.ending import no_room_at
+
 
 @dataclass(frozen=True, slots=True)
 class Usage:
@@ -37,8 +39,9 @@ def read_usage(run_dir: Path) -> Usage:
 def write_usage(run_dir: Path, usage: Usage) -> None:
     """Keep it, complete or not at all."""
     aside = run_dir / "usage.json.new"
-    aside.write_text(json.dumps(asdict(usage)) + "\n", encoding="utf-8")
-    os.replace(aside, run_dir / "usage.json")
+    with no_room_at(aside):
+        aside.write_text(json.dumps(asdict(usage)) + "\n", encoding="utf-8")
+        os.replace(aside, run_dir / "usage.json")
 
 
 def hardware() -> dict[str, Any]:

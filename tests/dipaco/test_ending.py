@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+from pathlib import Path
 
 import pytest
 
@@ -13,8 +14,23 @@ def test_an_exception_of_ours_is_told_by_its_message() -> None:
 
 
 def test_trouble_with_a_file_names_the_file() -> None:
-    error = OSError(errno.ENOSPC, "No space left on device", "blobs/new")
-    assert ending.sentence(error) == "No space left on device (blobs/new)"
+    assert ending.sentence(OSError(errno.EACCES, "Permission denied", "blobs/new")) == "Permission denied (blobs/new)"
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_is_named_with_what_to_do(number: int) -> None:
+    with pytest.raises(OSError, match="no room") as raised, ending.no_room_at(Path("runs/x")):
+        raise OSError(number, "no room")
+    told = ending.sentence(raised.value)
+    assert told == "no room (runs/x); make room and give the same command again: a run continues where it was"
+
+
+def test_only_a_full_disk_without_a_file_gets_the_path() -> None:
+    for error in (OSError(errno.ENOSPC, "no room", "a/b"), OSError(errno.EPIPE, "pipe")):
+        before = error.filename
+        with pytest.raises(OSError, match=r"no room|pipe"), ending.no_room_at(Path("runs/x")):
+            raise error
+        assert error.filename == before
 
 
 @pytest.mark.parametrize("error", [ValueError("of numpy"), KeyError("a"), AssertionError("x"), RuntimeError()])

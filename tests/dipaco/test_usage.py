@@ -1,7 +1,11 @@
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
+import pytest
+
+from dipaco import ending
 from dipaco.usage import Usage, hardware, read_usage, write_usage
 
 
@@ -21,3 +25,15 @@ def test_hardware_names_the_processor_and_its_cores() -> None:
     found = hardware()
     assert found["processor"]
     assert found["cores"] >= 1
+
+
+def test_a_full_disk_names_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match="No space") as raised:
+        write_usage(tmp_path, Usage())
+    told = ending.sentence(raised.value)
+    assert told is not None
+    assert f"({tmp_path / 'usage.json.new'}); make room and give the same command again" in told
