@@ -7,10 +7,23 @@ import math
 from pathlib import Path
 from typing import Any
 
+from dipaco.ending import Refused
 from protocol.address import parse_address
 from protocol.errors import Unavailable
 from protocol.joinfile import JoinFile
 from worker.client import WorkerClient
+
+
+def address_to_ask(address: str | None, join: Path | None) -> str:
+    """The address that was given, or else the join file's; raises BadJoinFile, Refused where neither names one."""
+    found = address or (None if join is None else JoinFile.read(join).address)
+    if not found:
+        raise Refused(
+            "no address of a coordinator: give HOST:PORT"
+            + (", or --join FILE" if join is None else f" ({join} holds none)")
+            + "; `dipaco certs RUN --address HOST:PORT` notes it in the join file"
+        )
+    return found
 
 
 def ask_status(address: str, *, join: Path | None, insecure: bool, patience_s: float) -> dict[str, Any]:

@@ -7,7 +7,6 @@ RUN holds plan.jsonl (what was to happen, for a replay by `plan:FILE`), faults.j
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from coordinator.events import read_events
 from coordinator.snapshot import RunSnapshot
 from dipaco import faults
 from dipaco.asking import StatusSource, plain
+from dipaco.cores import usable_cores
 from dipaco.curves import MissingExtra
 from dipaco.ending import Refused
 from dipaco.faults import Fault, MalformedPlan
@@ -90,7 +90,7 @@ def simulate(config: Config, run_dir: Path, wish: Wish, display: Callable[[], Di
         (faults.kills(plan, coordinator=False), wish.min_worker_kills),
         (faults.kills(plan, coordinator=True), wish.min_coordinator_kills),
     ]
-    config = lengthened(config, phase_s(config, wish.workers, os.cpu_count() or 1), wanted)
+    config = lengthened(config, phase_s(config, wish.workers, usable_cores()), wanted)
     _prepare(run_dir)
     (run_dir / CONFIG).write_text(to_yaml(config), encoding="utf-8")
     (run_dir / PLAN).write_text(faults.write_plan(plan), encoding="utf-8")
@@ -126,7 +126,7 @@ def _local(config: Path, run_dir: Path, started: int, workers: int, display: Dis
         config=config,
         run_dir=run_dir,
         num_workers=started,
-        threads=max(1, (os.cpu_count() or 1) // workers),
+        threads=max(1, usable_cores() // workers),
         worker_memory_bytes=psutil.virtual_memory().available // (workers + 1),
         say=display.say,
     )

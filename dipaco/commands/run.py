@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -18,7 +17,7 @@ if TYPE_CHECKING:
 def run(
     config: ConfigFile,
     workers: Annotated[
-        int | None, typer.Option(min=1, help="Worker processes to start here; one for each core by default.")
+        int | None, typer.Option(min=1, help="Worker processes to start here; one for each core it may use by default.")
     ] = None,
     run_dir: RunDir = None,
     as_json: Json = False,
@@ -29,25 +28,29 @@ def run(
     continues where it was. Exit code 0: finished; 1: refused or failed; 3: stopped before the end.
     """
     from configs.load import load_config
-    from dipaco.ending import UNFINISHED, say_wrong
+    from dipaco.cores import usable_cores
+    from dipaco.ending import UNFINISHED, no_room_at, say_wrong
     from dipaco.running import Stopped
 
     loaded = load_config(config)
     directory = run_dir or Path("runs") / loaded.name
-    count = workers or os.cpu_count() or 1
+    count = workers or usable_cores()
     try:
-        _carry_out(config, loaded, directory, count, quiet=as_json)
+        with no_room_at(directory):
+            _carry_out(config, loaded, directory, count, quiet=as_json)
     except Stopped:
         again = f"dipaco run {config} --workers {count}" + (f" --run-dir {run_dir}" if run_dir else "")
         say_wrong(f"stopped; nothing that was finished is lost, and `{again}` continues where it was")
         raise typer.Exit(UNFINISHED) from None
-    _report(directory, as_json)
+    with no_room_at(directory):
+        _report(directory, as_json)
 
 
 def _carry_out(path: Path, config: Config, directory: Path, workers: int, *, quiet: bool) -> None:
     import psutil
 
     from dipaco.asking import StatusSource
+    from dipaco.cores import usable_cores
     from dipaco.processes import LocalRun
     from dipaco.progress import PlainLines, display
     from dipaco.running import carry_out, is_finished
@@ -61,7 +64,7 @@ def _carry_out(path: Path, config: Config, directory: Path, workers: int, *, qui
         config=path,
         run_dir=directory,
         num_workers=workers,
-        threads=max(1, (os.cpu_count() or 1) // workers),
+        threads=max(1, usable_cores() // workers),
         worker_memory_bytes=psutil.virtual_memory().available // (workers + 1),
         say=shown.say,
         join=join if join.is_file() else None,

@@ -11,12 +11,19 @@ from dipaco.commands.options import Insecure, Parent
 
 
 def worker(
-    address: Annotated[str, typer.Argument(metavar="ADDR", help="HOST:PORT of the coordinator.")],
+    address: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="ADDR", help="HOST:PORT of the coordinator; the join file's by default.", show_default=False
+        ),
+    ] = None,
     join: Annotated[Path | None, typer.Option(help="Join file made by `dipaco certs` (token and CA).")] = None,
     cache_dir: Annotated[Path, typer.Option(help="Folder for fetched blobs; may be deleted at any time.")] = Path(
         "~/.cache/dipaco"
     ),
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads to offer; all cores by default.")] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Threads to offer; all cores it may use by default.")
+    ] = None,
     memory_bytes: Annotated[
         int | None, typer.Option(min=1, help="Memory to offer, in bytes; what is free by default.")
     ] = None,
@@ -28,18 +35,18 @@ def worker(
 
     Waits for a coordinator that is not there yet, and says so. Needs no file of the run but the join file.
     """
-    import os
-
+    from dipaco.asking import address_to_ask
+    from dipaco.cores import usable_cores
     from dipaco.parent import stop_without
     from worker.loop import run_worker
 
     if parent is not None:
         stop_without(parent)
     code = run_worker(
-        address=address,
+        address=address_to_ask(address, join),
         join=join,
         cache_dir=cache_dir.expanduser(),
-        threads=threads or os.cpu_count() or 1,
+        threads=threads or usable_cores(),
         name=name,
         memory_bytes=memory_bytes,
         insecure=insecure,
