@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 from dipaco import ending, shadows
@@ -9,6 +10,7 @@ from dipaco import ending, shadows
 
 def main() -> None:
     """Run the command line and exit with one of the codes of `dipaco.ending`."""
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # read by gRPC when it is loaded; what fails is told in a sentence
     shadowed = shadows.find()
     if shadowed is not None:
         ending.say_wrong(shadowed)
