@@ -22,10 +22,11 @@ from corpus.builder import build_corpus, tokenize_range
 from corpus.tokenizer import Tokenizer
 from dipaco.asking import plain
 from dipaco.ending import Refused
+from inference.module_cache import verify_module
 from model.store import BlobStore
 from protocol.tasks import BlobRef, EvaluateSpec, FeaturizeSpec, PathRef
 from routing.evaluation import LossTable, RouteTable, measures, summarise
-from routing.records import Losses, Routes
+from routing.records import MIN_EVALUATED_TOKENS, Losses, Routes
 from worker.outcome import no_progress
 from worker.task import run_task
 
@@ -50,13 +51,17 @@ class Evaluation:
         self._plan, self._state = snapshot.plan, snapshot.state
         intervals = {int(route.rpartition(":")[2]) for route in routes if "every:" in route}
         self._intervals = sorted(intervals)
+        self._verified: set[str] = set()
         self._chunk_tokens = math.gcd(*intervals) or DEFAULT_CHUNK_TOKENS
 
     def run(self) -> dict[str, Any]:
         """The summary of routing.evaluation, with fixed paths (`path:I.J`) beside the routes."""
         tables = {model: self._losses(model) for model in self._plan.evaluated_models()}
         if not next(iter(tables.values())).tokens:
-            raise Refused("no document of the text has the 64 tokens that an evaluation needs; give longer documents")
+            raise Refused(
+                f"no document of the text has the {MIN_EVALUATED_TOKENS} tokens that an evaluation needs; "
+                "give longer documents"
+            )
         routed = [route for route in self._routes if not route.startswith("path:")]
         wants_router = MIXTURE in tables and any(not route.startswith("oracle") for route in routed)
         routes = self._routed() if wants_router else None
@@ -72,7 +77,7 @@ class Evaluation:
         for key in ("perplexity", "bits_per_byte"):
             summary[key].setdefault(DIPACO, {})[route] = measured[key]
         for domain, perplexity in measured["per_domain"].items():
-            summary["per_domain"][domain].setdefault(DIPACO, {})[route] = perplexity
+            summary["per_domain"].setdefault(domain, {}).setdefault(DIPACO, {})[route] = perplexity
 
     def _losses(self, model: str) -> LossTable:
         paths = []
@@ -118,6 +123,7 @@ class Evaluation:
 
     def _output(self, spec: EvaluateSpec | FeaturizeSpec, path: PathRef, name: str) -> bytes:
         """Run the task here and read its output."""
+        self._verify(path)
         other = [spec.tokenizer if isinstance(spec, EvaluateSpec) else spec.router]
         refs = [*(module.blob for module in path.modules), *(ref for ref in other if ref is not None)]
         files = {ref.digest: self._snapshot.store.path(ref.digest) for ref in refs}
@@ -125,6 +131,13 @@ class Evaluation:
         with tempfile.TemporaryDirectory(prefix="dipaco-evaluate-") as scratch:
             outcome = run_task(spec, self._snapshot.config.experiment, files, Path(scratch), no_progress)
             return outcome.files[name].read_bytes()
+
+    def _verify(self, path: PathRef) -> None:
+        """Each module's bytes are held against their digest when it is first used."""
+        for module in path.modules:
+            if module.blob.digest not in self._verified:
+                verify_module(self._snapshot.store, module.module_id, module.blob.digest)
+                self._verified.add(module.blob.digest)
 
 
 def evaluate_run(
@@ -136,7 +149,7 @@ def evaluate_run(
 ) -> dict[str, Any]:
     """Perplexities of all models, on the run's held-out split or on `data`.
 
-    Raises Refused, BadCorpus, UnknownPath, and RunUnusable where a model of the run has not begun.
+    Raises Refused, BadCorpus, UnknownPath, DamagedModule, and RunUnusable where a model of the run has not begun.
     """
     for model in snapshot.plan.evaluated_models():
         snapshot.modules(model)

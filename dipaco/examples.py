@@ -12,7 +12,7 @@ from corpus.installed import EXAMPLE_PROMPTS
 from corpus.tokenizer import Tokenizer
 from dipaco.ending import Refused
 from inference.engine import Engine, Request
-from inference.module_cache import ModuleCache
+from inference.module_cache import ModuleCache, verify_module
 from inference.path_source import PathSource
 from inference.sampling import Sampling
 from model.path import load_path
@@ -101,5 +101,7 @@ def _router(snapshot: RunSnapshot) -> Router:
         raise Refused("this run has no router (its shards are random); name a path: --path I.J")
     clusters = Clusters.from_bytes(snapshot.router_path.read_bytes())
     files = {module_id: path for module_id, (_, path) in snapshot.base_modules().items()}
+    for module_id, path in files.items():
+        verify_module(snapshot.store, module_id, path.name)
     base = load_path(snapshot.config.experiment.model, snapshot.vocab_size, snapshot.plan.dense, files)
     return FeatureRouter(base.eval().requires_grad_(False), clusters)

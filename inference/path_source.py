@@ -39,9 +39,10 @@ class PathSource:
         return Context(self.config, self.vocab_size, self.topology, self._device)
 
     def modules(self, path_index: int) -> tuple[tuple[str, ...], dict[str, Tensor]]:
-        """(digests of the path's modules, all their tensors); raises UnknownPath, UnknownBlob, TensorMismatch."""
-        digests = tuple(self._digests[module_id] for module_id in self.topology.modules_of_path(path_index))
+        """(digests of the path's modules, all their tensors); raises UnknownPath and what ModuleCache does."""
+        module_ids = self.topology.modules_of_path(path_index)
+        digests = tuple(self._digests[module_id] for module_id in module_ids)
         tensors: dict[str, Tensor] = {}
-        for digest, specs in zip(digests, self._specs, strict=True):
-            tensors |= self._cache.get(digest, specs)
+        for module_id, digest, specs in zip(module_ids, digests, self._specs, strict=True):
+            tensors |= self._cache.get(module_id, digest, specs)
         return digests, tensors

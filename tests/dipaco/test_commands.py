@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import re
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -21,6 +22,8 @@ import pytest
 
 from coordinator.snapshot import RunSnapshot
 from dipaco.__main__ import main
+from dipaco.ending import Refused
+from dipaco.evaluation import evaluate_run
 from dipaco.examples import Wish, continuations
 from inference.sampling import Sampling
 
@@ -151,6 +154,46 @@ def test_generate_shows_the_path_and_repeats_with_the_seed(folder: Path) -> None
 
 
 @pytest.mark.parametrize(
+    ("model", "arguments"),
+    [
+        ("mixture", ["evaluate"]),
+        ("base", ["evaluate", "--route", "sequence"]),
+        ("mixture", ["generate", "--path", "0.0", "--prompt", "x"]),
+        ("base", ["generate"]),
+    ],
+)
+def test_a_damaged_module_is_never_served(
+    folder: Path,
+    tmp_path: Path,
+    model: str,
+    arguments: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(folder / "runs" / "tiny", run, ignore=shutil.ignore_patterns("workers", "logs"))
+    module_id, (_, file) = next(iter(RunSnapshot.open(run).modules(model).items()))
+    data = bytearray(file.read_bytes())
+    data[-4] ^= 1
+    file.write_bytes(data)
+    monkeypatch.setattr(sys, "argv", ["dipaco", arguments[0], str(run), *arguments[1:]])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    errors = capfd.readouterr().err
+    assert ended.value.code == 1
+    assert f"dipaco: module {module_id} is damaged: blob {file} holds other bytes" in errors
+    assert "put back the file of that name" in errors
+    assert len(errors.splitlines()) == 1, errors
+
+
+def test_text_that_is_too_short_is_told_by_how_much_it_takes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "short.txt").write_text("too short", encoding="utf-8")
+    monkeypatch.setattr("dipaco.evaluation.MIN_EVALUATED_TOKENS", 71)
+    with pytest.raises(Refused, match="has the 71 tokens that an evaluation needs"):
+        evaluate_run(RunSnapshot.open(folder / "runs" / "tiny"), data=folder / "short.txt")
+
+
+@pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
         (["run", "nowhere.yaml"], "there is no configuration file nowhere.yaml"),
@@ -173,6 +216,7 @@ def test_generate_shows_the_path_and_repeats_with_the_seed(folder: Path) -> None
             ["coordinator", "tiny.yaml", "--listen", "0.0.0.0:0", "--run-dir", "runs/y"],
             "0.0.0.0:0 is reachable from other",
         ),
+        (["worker"], "no address of a coordinator: give HOST:PORT, or --join FILE"),
         (["worker", "127.0.0.1:1", "--join", "nowhere.json"], "join file nowhere.json cannot be read"),
     ],
 )
