@@ -23,6 +23,9 @@ def generate(
 ) -> None:
     """Continue prompts, and show the paths they took.
 
+    A line like `path 0.1 > 1.0` stands above each text: path 0.1 (of two levels: module 0, then module 1) wrote
+    its beginning; after a later look of the router (--every) path 1.0 wrote the rest.
+
     Without a prompt it continues one example of every kind of text in the embedded corpus.
     """
     from coordinator.snapshot import RunSnapshot
