@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import errno
+import sys
 from pathlib import Path
 
 import pytest
 
 from configs.load import InvalidConfig
 from dipaco import ending
+from dipaco.__main__ import main
 
 
 def test_an_exception_of_ours_is_told_by_its_message() -> None:
@@ -41,3 +43,20 @@ def test_a_bug_keeps_its_traceback(error: Exception) -> None:
 def test_what_is_said_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     ending.say_wrong("two\n  lines")
     assert capsys.readouterr().err == "dipaco: two lines\n"
+
+
+def test_a_run_on_a_full_disk_ends_with_its_directory_and_what_to_do(
+    tiny_config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("dipaco.running.carry_out", full)
+    monkeypatch.setattr(sys, "argv", ["dipaco", "run", str(tiny_config), "--run-dir", "full"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == ending.WRONG
+    assert capsys.readouterr().err == (
+        "dipaco: No space left on device (full); make room and give the same command again: "
+        "a run continues where it was\n"
+    )
