@@ -175,3 +175,12 @@ def test_a_run_starts_from_a_hugging_face_checkpoint(tmp_path: Path) -> None:
     for name, tensor in trained(first).items():
         np.testing.assert_array_equal(base[name], tensor, err_msg=name)
     assert any((tensor != base[name]).any() for name, tensor in trained(second).items())
+
+
+def test_a_fixed_path_is_evaluated_without_any_other_model(tmp_path: Path) -> None:
+    from dipaco.evaluation import evaluate_run
+
+    snapshot = carry_out(make_config(tmp_path, {"kind": "nesterov"}, replicas=2, sharding="random"), tmp_path / "run")
+    summary = evaluate_run(snapshot, routes=["path:0"], say=lambda line: None)
+    assert summary["perplexity"]["dipaco"]["path:0"] > 1.0
+    assert set() < set(summary["per_domain"]) <= {"recipe", "code", "law", "numbers"}
