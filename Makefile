@@ -14,7 +14,7 @@ PINS := pyproject.toml constraints.txt
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 22
 
-quickstart: .venv/ready ## train, evaluate and use a 2x2 DiPaCo on this machine (about 8 minutes on 2 cores)
+quickstart: .venv/ready ## train, evaluate and use a 2x2 DiPaCo on this machine (about 5 minutes on 2 cores)
 	.venv/bin/dipaco run configs/quickstart.yaml --workers $(WORKERS)
 
 test: .venv/ready-dev ## every test but those that take minutes

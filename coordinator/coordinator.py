@@ -38,6 +38,7 @@ from coordinator.plan import Plan
 from coordinator.spool import Spool
 from coordinator.state import Standing, State, Task
 from coordinator.status import Tally, status_of
+from coordinator.traffic import Traffic
 from coordinator.uploads import Upload
 from model.store import BlobStore
 from protocol.errors import DiskFull, UnknownBlob
@@ -66,6 +67,7 @@ class Coordinator:
         self._plan = Plan(config)
         self._machine = Machine(self._plan, State(self._journal.rows()), random.SystemRandom())
         self._jobs = Jobs(self._plan, self._store, say)
+        self._traffic = Traffic(self._machine.state)
         self._tally = Tally()
         self._changed = asyncio.Event()
         self._busy: set[object] = set()
@@ -378,7 +380,7 @@ class Coordinator:
         if not self._store.has(digest):
             raise UnknownBlob(f"blob {digest} is not held here")
         path = self._store.path(digest)
-        self._count(self._category(digest), path.stat().st_size)
+        self._traffic.fetched(digest, path.stat().st_size)
         return path
 
     async def upload_offset(self, task_id: str, fence: int, digest: str) -> int:
@@ -388,19 +390,4 @@ class Coordinator:
     async def begin_upload(self, header: UploadHeader) -> UploadSink:
         task = self._machine.leases.held_task(header.task_id, header.fence, header.worker_id)
         expected = self._machine.expected_outputs(task)
-        return await asyncio.to_thread(Upload, self._spool, header, expected, self._count)
-
-    # --- what went over the wire ------------------------------------------------------------------------------------
-
-    def _category(self, digest: str) -> str:
-        state = self._machine.state
-        if any(row.params.digest == digest for row in state.modules.values()):
-            return "modules"
-        if any(row.inner_state and row.inner_state.digest == digest for row in state.shards.values()):
-            return "inner_state"
-        return "other"
-
-    def _count(self, category: str, num_bytes: int) -> None:
-        standing = self._machine.state.standing
-        moved = {**standing.bytes_moved, category: standing.bytes_moved.get(category, 0) + num_bytes}
-        self._machine.state.standing = replace(standing, bytes_moved=moved)
+        return await asyncio.to_thread(Upload, self._spool, header, expected, self._traffic)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 from coordinator.expected import ExpectedOutput
 from coordinator.spool import Spool
+from coordinator.traffic import Traffic
 from protocol.errors import RejectedTensor
 from protocol.tensors import UploadHeader
-
-CATEGORY_OF_KIND = {"module": "outer_gradients", "inner_state": "inner_state"}
 
 
 class Upload:
@@ -21,7 +20,7 @@ class Upload:
         spool: Spool,
         header: UploadHeader,
         expected: Mapping[str, ExpectedOutput],
-        count: Callable[[str, int], None],
+        traffic: Traffic,
     ) -> None:
         """Opens the sink: call it off the event loop. Raises RejectedTensor where the task has no such output."""
         if header.output not in expected:
@@ -30,15 +29,15 @@ class Upload:
             )
         self._sink = spool.open(header, expected[header.output])
         self._moved = header.size - header.offset
-        self._category = CATEGORY_OF_KIND.get(header.kind, "other")
-        self._count = count
+        self._kind = header.kind
+        self._traffic = traffic
 
     async def write(self, data: bytes) -> None:
         await asyncio.to_thread(self._sink.write, data)
 
     async def finish(self) -> int:
         size = await asyncio.to_thread(self._sink.finish)
-        self._count(self._category, self._moved)
+        self._traffic.uploaded(self._kind, self._moved)
         return size
 
     async def abort(self) -> None:

@@ -155,6 +155,7 @@ FLAGS = {
         "--compare",
         "--min-worker-kills",
         "--min-coordinator-kills",
+        "--virtual",
         "--run-dir",
         "--json",
     },

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from dipaco.commands.options import ConfigFile, Json, RunDir
+
+if TYPE_CHECKING:
+    from configs.schema import Config
+    from dipaco.simulated_run import Wish
 
 
 def simulate(
@@ -35,6 +39,12 @@ def simulate(
     min_coordinator_kills: Annotated[
         int, typer.Option(min=0, help="Lengthen the run by whole phases until the plan has so many.")
     ] = 0,
+    virtual: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="RUN", help="Start no process: play the plan under a virtual clock, with the costs measured in RUN."
+        ),
+    ] = None,
     run_dir: RunDir = None,
     as_json: Json = False,
 ) -> None:
@@ -54,6 +64,9 @@ def simulate(
     loaded = load_config(config)
     directory = run_dir or Path("runs") / f"{loaded.name}-simulation"
     wish = Wish(workers, preempt, coordinator_mtbf, seed, compare, min_worker_kills, min_coordinator_kills)
+    if virtual is not None:
+        _tell(_virtual_outcome(loaded, wish, virtual), as_json)
+        return
     try:
         outcome, remarks = carry_out(
             loaded, directory, wish, lambda: PlainLines(to_stderr=True) if as_json else display()
@@ -61,15 +74,26 @@ def simulate(
     except Stopped:
         say_wrong("stopped; the same command begins the simulation anew")
         raise typer.Exit(UNFINISHED) from None
-    if as_json:
-        typer.echo(json.dumps(outcome))
-    else:
-        for key, value in outcome.items():
-            if key not in ("participation", "hardware"):
-                typer.echo(f"{key}: {json.dumps(value)}")
+    _tell(outcome, as_json)
     for remark in remarks:
         typer.echo(remark, err=as_json)
     if outcome["digest_equal"] is False:
         raise Refused("the disturbed run ended with other bits than the undisturbed one")
     if outcome["worker_kills"] < min_worker_kills or outcome["coordinator_kills"] < min_coordinator_kills:
         raise typer.Exit(1)
+
+
+def _virtual_outcome(config: Config, wish: Wish, measured: Path) -> dict[str, Any]:
+    from dipaco.simulated_run import fault_plan
+    from dipaco.virtual_run import measured_costs, simulate_virtually
+
+    return simulate_virtually(config, fault_plan(wish), measured_costs(measured), wish.seed)
+
+
+def _tell(outcome: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps(outcome))
+        return
+    for key, value in outcome.items():
+        if key not in ("participation", "hardware"):
+            typer.echo(f"{key}: {json.dumps(value)}")
