@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 from coordinator.serving import serve_until, write_config
@@ -44,14 +45,14 @@ class SmallRun:
         self.address = address
         self._ready.set()
 
-    def worker(self, address: str = "") -> Worker:
-        """A worker of the run; `address` leads to it by another way."""
+    def worker(self, address: str = "", say: Callable[[str], None] = lambda line: None) -> Worker:
+        """A worker of the run; `address` leads to it by another way, `say` hears what it tells."""
         target = parse_address(address or self.address)
 
         def connect(patience_s: float | None) -> Coordinator:
             return WorkerClient(target, patience_s=patience_s)
 
-        return Worker(connect, self.folder / "cache", "worker", capabilities(1, 1 << 30), lambda line: None)
+        return Worker(connect, self.folder / "cache", "worker", capabilities(1, 1 << 30), say)
 
     def digest(self) -> str:
         """What the run came to, once it is over."""

@@ -10,7 +10,6 @@ import hashlib
 import itertools
 import socket
 import threading
-import time
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
@@ -120,18 +119,15 @@ def parts(data: bytes, size: int = 1 << 16) -> Iterator[bytes]:
 
 
 def to_training(run: SmallRun) -> None:
-    """Let an honest worker bring the run to where tasks train."""
-    worker = run.worker()
+    """Let an honest worker bring the run to where tasks train: it leaves as its first TRAIN task starts."""
+
+    def heard(line: str) -> None:
+        if "/TRAIN/" in line and line.endswith("started"):
+            worker.departure.ask()  # in the worker's own thread: before it fetches anything
+
+    worker = run.worker(say=heard)
     thread = threading.Thread(target=worker.run)
     thread.start()
-    until = time.monotonic() + PATIENCE_S
-    with grpc.insecure_channel(run.address) as channel:
-        while '"stage": "pretrain"' not in pb_grpc.CoordinatorStub(channel).Status(pb.StatusRequest()).status_json:
-            assert time.monotonic() < until
-            time.sleep(0.01)
-    asking = threading.Thread(target=worker.departure.ask)  # in this thread it would raise out of this wait
-    asking.start()
-    asking.join()
     thread.join(PATIENCE_S)
     assert not thread.is_alive()
 
