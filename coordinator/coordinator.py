@@ -322,10 +322,6 @@ class Coordinator:
         if self._journal.has_metric(task_id):
             return True
         task = self._machine.leases.held_task(task_id, fence, worker_id)
-        verified = self._spool.verified(task_id, fence)
-        for name, ref in result.outputs.items():
-            if verified.get(name) != ref:
-                raise UnknownBlob(f"output {name} of task {task_id} ({ref.digest}) was not uploaded; upload it again")
         with self._landed(ref.digest for ref in result.outputs.values()):
             await asyncio.to_thread(self._spool.commit, task_id, fence, result.outputs)
             if self._journal.has_metric(task_id):

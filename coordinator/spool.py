@@ -82,7 +82,8 @@ class Spool:
         for output, blob in outputs.items():
             if verified.get(output) != blob:
                 raise UnknownBlob(
-                    f"output {output!r} of task {task_id} was not uploaded as {blob.digest} ({blob.size} bytes)"
+                    f"output {output!r} of task {task_id} was not uploaded as {blob.digest} ({blob.size} bytes); "
+                    "upload it again"
                 )
         for output, blob in sorted(outputs.items()):
             whole = self._files(task_id, fence, output, blob.digest).whole

@@ -109,15 +109,6 @@ def _spelled_bytes(token: str) -> int:
     return len(token.removeprefix("##").replace("▁", " ").encode("utf-8"))
 
 
-def check_vocabulary(tokenizer: Tokenizer, vocab_size: int, where: str) -> None:
-    """Raise BadTokenizer where the tokenizer yields ids that a vocabulary of `vocab_size` does not have."""
-    if tokenizer.vocab_size > vocab_size:
-        raise BadTokenizer(
-            f"the tokenizer yields ids up to {tokenizer.vocab_size - 1}, but {where} has a vocabulary of {vocab_size}; "
-            "use the tokenizer that belongs to it"
-        )
-
-
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """Byte-level BPE with the 256 bytes, two special tokens and as many merges as `vocab_size` leaves room for.
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as LibraryTokenizer
 from tokenizers import models
 
-from corpus.tokenizer import BadTokenizer, Tokenizer, byte_tokenizer, check_vocabulary, train_bpe
+from corpus.tokenizer import BadTokenizer, Tokenizer, byte_tokenizer, train_bpe
 
 TEXTS = [
     "the cat sat on the mat, then the dog sat on the log\n" * 20,
@@ -97,9 +97,3 @@ def test_sentencepiece_spelling_is_counted_in_bytes() -> None:
     library = LibraryTokenizer(models.WordLevel({"<s>": 0, "▁the": 1, "<0x0A>": 2, "é": 3}, unk_token="é"))
     library.add_special_tokens(["<s>"])
     assert Tokenizer.from_bytes(library.to_str().encode()).token_byte_lengths().tolist() == [0, 4, 1, 2]
-
-
-def test_ids_beyond_a_vocabulary_are_refused() -> None:
-    check_vocabulary(BPE, 280, "the checkpoint")
-    with pytest.raises(BadTokenizer, match="ids up to 279, but the checkpoint has a vocabulary of 279"):
-        check_vocabulary(BPE, 279, "the checkpoint")
