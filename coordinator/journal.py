@@ -14,11 +14,13 @@ from dataclasses import fields
 from pathlib import Path
 from typing import IO, Any
 
-from coordinator.state import Holder, Module, Row, Shard, Stage, Standing, Task
+from coordinator.state import Claim, Conduct, Holder, Module, Row, Shard, Stage, Standing, Task
 from protocol.tasks import BlobRef
 
-FORMAT = 1
-_ROW_TYPES: dict[str, type[Row]] = {row.table: row for row in (Stage, Task, Module, Shard, Standing)}
+FORMAT = 2
+# Formats whose rows are read as they are; opening such a run to go on with it makes it one of the newest format.
+READABLE = (1, FORMAT)
+_ROW_TYPES: dict[str, type[Row]] = {row.table: row for row in (Stage, Task, Module, Shard, Standing, Conduct)}
 
 
 class RunUnusable(ValueError):
@@ -64,13 +66,15 @@ class Journal:
             raise RunUnusable(f"{path} is not readable as a run's state: {error}") from None
         if version == 0 and not read_only:
             self._create()
-        elif version != FORMAT:
+        elif version not in READABLE:
             raise RunUnusable(
                 f"run directory {run_dir} has format {version}, this version of dipaco reads format {FORMAT}; "
                 "use the version that made it, or another --run-dir"
             )
         if not read_only:
             self._connection.execute("PRAGMA synchronous=FULL")
+            if version not in (0, FORMAT):
+                self._connection.execute(f"PRAGMA user_version={FORMAT}")
 
     def _create(self) -> None:
         self._connection.execute("PRAGMA journal_mode=WAL")
@@ -133,6 +137,8 @@ class Journal:
 def _plain(value: Any) -> Any:
     if isinstance(value, BlobRef):
         return [value.digest, value.size]
+    if isinstance(value, Claim):
+        return _parts(value)
     if isinstance(value, tuple):
         return [_plain(item) for item in value]
     if isinstance(value, dict):
@@ -141,11 +147,23 @@ def _plain(value: Any) -> Any:
 
 
 def _encode(row: Row) -> str:
-    return json.dumps({part.name: _plain(getattr(row, part.name)) for part in fields(row)}, separators=(",", ":"))
+    return json.dumps(_parts(row), separators=(",", ":"))
+
+
+def _parts(record: Row | Claim) -> dict[str, Any]:
+    return {part.name: _plain(getattr(record, part.name)) for part in fields(record)}
 
 
 def _blob(pair: list[Any] | None) -> BlobRef | None:
     return None if pair is None else BlobRef(digest=pair[0], size=pair[1])
+
+
+def _blobs(pairs: dict[str, Any]) -> dict[str, BlobRef]:
+    return {name: BlobRef(digest=pair[0], size=pair[1]) for name, pair in pairs.items()}
+
+
+def _claim(body: dict[str, Any]) -> Claim:
+    return Claim(**{**body, "outputs": _blobs(body["outputs"])})
 
 
 def _decode(kind: str, body: dict[str, Any]) -> Row:
@@ -157,10 +175,12 @@ def _decode(kind: str, body: dict[str, Any]) -> Row:
         if name in body:
             body[name] = tuple(_blob(pair) for pair in body[name])
     if "outputs" in body:
-        body["outputs"] = {name: _blob(pair) for name, pair in body["outputs"].items()}
+        body["outputs"] = _blobs(body["outputs"])
+    if "claims" in body:
+        body["claims"] = tuple(_claim(claim) for claim in body["claims"])
     if "holders" in body:
         body["holders"] = tuple(Holder(*pair) for pair in body["holders"])
-    for name in ("after", "failures"):
+    for name in ("after", "failures", "suspected"):
         if name in body:
             body[name] = tuple(body[name])
     return row_type(**body)

@@ -43,6 +43,21 @@ class Holder(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
+class Claim:
+    """A complete result of a TRAIN task that does not count yet. `outlier` says why its norms are doubted."""
+
+    identity: str
+    worker: str
+    fingerprint: str
+    fence: int
+    outputs: dict[str, BlobRef]
+    norms: dict[str, float]
+    result: dict[str, Any]
+    wall_s: float
+    outlier: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Task:
     """One unit of work. A TRAIN spec follows from shards and modules when it is leased, others stand in `spec`.
 
@@ -64,10 +79,17 @@ class Task:
     failures: tuple[str, ...] = ()
     outputs: dict[str, BlobRef] = field(default_factory=dict)
     result: dict[str, Any] = field(default_factory=dict)
+    claims: tuple[Claim, ...] = ()
+    audited: bool = False
 
     @property
     def key(self) -> str:
         return self.task_id
+
+    @property
+    def independent(self) -> bool:
+        """Whether every holder must compute the task from its start: its results are compared with one another."""
+        return self.audited or bool(self.claims)
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,12 +145,27 @@ class Standing:
         return "run"
 
 
-Row = Stage | Task | Module | Shard | Standing
+@dataclass(frozen=True, slots=True)
+class Conduct:
+    """What is held against a worker: the tasks in which it is suspected of a wrong result, and why it is banned."""
+
+    table: ClassVar[str] = "conduct"
+    identity: str
+    suspected: tuple[str, ...] = ()
+    banned: str = ""
+    wall_s: float = 0.0
+
+    @property
+    def key(self) -> str:
+        return self.identity
+
+
+Row = Stage | Task | Module | Shard | Standing | Conduct
 
 
 @dataclass(slots=True)
 class Worker:
-    """A worker as last heard of (monotonic seconds)."""
+    """A worker as last heard of (monotonic seconds). `identity`: what its conduct is held under (else its name)."""
 
     worker_id: str
     name: str
@@ -140,6 +177,10 @@ class Worker:
     tokens_per_s: float = 0.0
     beats: Gaps = field(default_factory=Gaps)
     step_times: Gaps = field(default_factory=Gaps)
+    identity: str = ""
+
+    def __post_init__(self) -> None:
+        self.identity = self.identity or self.name
 
 
 @dataclass(slots=True)
@@ -163,6 +204,7 @@ class State:
         self.modules: dict[str, Module] = {}
         self.shards: dict[str, Shard] = {}
         self.standing = Standing()
+        self.conduct: dict[str, Conduct] = {}
         self.workers: dict[str, Worker] = {}
         self.lifelines: dict[tuple[str, int], Lifeline] = {}
         self.beats = Gaps()
@@ -182,13 +224,15 @@ class State:
                     self.shards[row.key] = row
                 case Standing():
                     self.standing = row
+                case Conduct():
+                    self.conduct[row.key] = row
 
     def copy(self) -> State:
         """The same rows in tables of their own, without workers: for a draft, or to be read in another thread."""
         other = State()
         other.stages, other.tasks = dict(self.stages), dict(self.tasks)
         other.modules, other.shards = dict(self.modules), dict(self.shards)
-        other.standing = self.standing
+        other.standing, other.conduct = self.standing, dict(self.conduct)
         return other
 
     def forget_tasks(self, task_ids: Iterable[str]) -> None:

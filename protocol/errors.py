@@ -37,6 +37,10 @@ class NotAllowed(ValueError):
     """The join token is missing or wrong, the certificate is not trusted, or traffic would be unprotected."""
 
 
+class Banned(NotAllowed):
+    """The worker sent a wrong result and is no longer let in; the evidence is kept in the run directory."""
+
+
 class RejectedTensor(ValueError):
     """Tensors that are not the declared ones: names, shapes, dtypes, or not finite."""
 
@@ -65,6 +69,7 @@ STATUS_OF: dict[type[Exception], str] = {
     UnknownTask: "NOT_FOUND",
     UnknownWorker: "NOT_FOUND",
     NotAllowed: "UNAUTHENTICATED",
+    Banned: "PERMISSION_DENIED",
     MalformedMessage: "INVALID_ARGUMENT",
     RejectedTensor: "INVALID_ARGUMENT",
     CorruptBlob: "DATA_LOSS",

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from coordinator.journal import Journal, RunLock, RunUnusable
-from coordinator.state import Module, Row, Shard, Stage, Standing, Task
+from coordinator.state import Claim, Conduct, Holder, Module, Row, Shard, Stage, Standing, Task
 from protocol.tasks import BlobRef
 
 BLOB = BlobRef(digest="a" * 64, size=7)
@@ -18,10 +18,20 @@ OTHER = BlobRef(digest="b" * 64, size=8)
 ROWS: list[Row] = [
     Stage("train", "train", "mixture", ("shard", "corpus"), "running", 2, "class", 1.5, 0.0, {"x": [1, "y"]}),
     Task("t/TRAIN/0/1", "t", "TRAIN", 0, "1", failures=("a: b",), outputs={"0.1": BLOB}, result={"tokens": 3}),
+    Task(
+        "t/TRAIN/1/1",
+        "t",
+        "TRAIN",
+        1,
+        "1",
+        claims=(Claim("ann", "ann", "class", 3, {"0.1": BLOB}, {"0.1": 0.5}, {"tokens": 3}, 1.5, "far above"),),
+        audited=True,
+    ),
     Module("mixture", "0.1", 3, BLOB, OTHER, (OTHER, BLOB)),
     Module("mixture", "0.2", 0, BLOB),
     Shard("mixture", 1, 0, (BLOB, OTHER), 10, 2, OTHER, 1, 50, 50, BLOB),
     Standing("a reason", True, {"modules": 5}),
+    Conduct("ann", ("t/TRAIN/0/1",), "its result differs", 2.5),
 ]
 
 
@@ -57,8 +67,25 @@ def test_another_format_is_named(tmp_path: Path) -> None:
     with sqlite3.connect(tmp_path / "state.db") as connection:
         connection.execute("PRAGMA user_version=99")
     connection.close()
-    with pytest.raises(RunUnusable, match="has format 99, this version of dipaco reads format 1"):
+    with pytest.raises(RunUnusable, match="has format 99, this version of dipaco reads format 2"):
         Journal(tmp_path)
+
+
+def test_a_run_of_the_format_before_goes_on_and_becomes_one_of_this(tmp_path: Path) -> None:
+    """Its tasks hold no claims: their columns did not exist."""
+    Journal(tmp_path).close()
+    old = '{"task_id":"t","stage":"s","kind":"PACK","phase":0,"subject":"0","holders":[["w",1]],"outputs":{}}'
+    with sqlite3.connect(tmp_path / "state.db") as connection:
+        connection.execute("PRAGMA user_version=1")
+        connection.execute("INSERT INTO rows VALUES ('tasks', 't', ?)", (old,))
+    connection.close()
+    for read_only in (True, False):
+        journal = Journal(tmp_path, read_only=read_only)
+        assert list(journal.rows()) == [Task("t", "s", "PACK", 0, "0", holders=(Holder("w", 1),))]
+        journal.close()
+    with sqlite3.connect(tmp_path / "state.db") as connection:
+        assert connection.execute("PRAGMA user_version").fetchone() == (2,)
+    connection.close()
 
 
 def test_a_file_that_is_no_database_is_named(tmp_path: Path) -> None:
