@@ -13,7 +13,7 @@ import shutil
 import sqlite3
 import time
 from collections import Counter
-from collections.abc import Callable, Coroutine, Iterable, Iterator
+from collections.abc import Callable, Collection, Coroutine, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -33,7 +33,7 @@ from coordinator.handlers import (
 )
 from coordinator.jobs import Jobs
 from coordinator.journal import Journal, RunUnusable
-from coordinator.machine import Machine
+from coordinator.machine import CHECKPOINT, Machine
 from coordinator.plan import Plan
 from coordinator.spool import Spool
 from coordinator.state import Standing, State, Task
@@ -42,7 +42,7 @@ from coordinator.traffic import Traffic
 from coordinator.uploads import Upload
 from model.store import BlobStore
 from protocol.errors import DiskFull, UnknownBlob
-from protocol.tasks import BlobRef, TaskResult
+from protocol.tasks import BlobRef, Checkpoint, TaskResult
 from protocol.tensors import UploadHeader
 
 MAX_WAIT_S = 30.0
@@ -196,12 +196,15 @@ class Coordinator:
         for metric in decision.metrics:
             self._tally.add(metric)
         self._machine.apply(decision)
-        if decision.obsolete:
-            needed = self._machine.referenced()
-            for digest in set(decision.obsolete) - needed - self._landing.keys():
-                self._store.delete(digest)
+        self._let_go(decision.obsolete)
         self._wake()
         self._dispatch()
+
+    def _let_go(self, digests: Collection[str]) -> None:
+        """Delete those blobs that no row needs and that are not on their way into one."""
+        if digests:
+            for digest in set(digests) - self._machine.referenced() - self._landing.keys():
+                self._store.delete(digest)
 
     def _store_durably(self, decision: Decision) -> None:
         """One transaction; where it cannot be written the process ends, and a restart goes on from before it."""
@@ -361,6 +364,18 @@ class Coordinator:
                 add = asyncio.to_thread(self._executor.add, key, task.phase, order, shard, weight, path)
                 self._start((model, module_id, task.phase, shard), add)
 
+    async def save_progress(self, worker_id: str, task_id: str, fence: int, checkpoint: Checkpoint) -> bool:
+        self._machine.leases.held_task(task_id, fence, worker_id)
+        digest = checkpoint.blob.digest
+        try:
+            with self._landed([digest]):
+                await asyncio.to_thread(self._spool.commit, task_id, fence, {CHECKPOINT: checkpoint.blob})
+                decision = self._machine.save_progress(worker_id, task_id, fence, checkpoint, time.monotonic())
+                self._commit(decision)
+        finally:
+            self._let_go([digest])
+        return bool(decision.rows)
+
     async def release(self, args: ReleaseArgs) -> None:
         decision = self._machine.leases.release(
             args.worker_id, args.task_id, args.fence, args.reason, args.leaving, time.monotonic()
@@ -385,5 +400,5 @@ class Coordinator:
 
     async def begin_upload(self, header: UploadHeader) -> UploadSink:
         task = self._machine.leases.held_task(header.task_id, header.fence, header.worker_id)
-        expected = self._machine.expected_outputs(task)
+        expected = self._machine.accepted_uploads(task)
         return await asyncio.to_thread(Upload, self._spool, header, expected, self._traffic)

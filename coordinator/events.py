@@ -1,8 +1,9 @@
 """What happened to leases, and when: RUN/events.jsonl, one JSON object a line, read by reports and never by decisions.
 
 Each line has `wall_s` and `event`: `opened` (a coordinator goes to work), `joined` {worker}, `leased` {task_id, fence,
-worker, kind}, `progress` {task_id, fence, steps}, `completed` {task_id, fence, steps, seconds}, `released` {task_id,
-fence, worker}, `leasable` {tasks}: how many tasks could be handed out, looked at several times a second.
+worker, kind, resumed} (the inner steps taken over from a checkpoint), `progress` and `checkpoint` {task_id, fence,
+steps}, `completed` {task_id, fence, steps, seconds} (those of its holder), `released` {task_id, fence, worker},
+`leasable` {tasks}: how many tasks could be handed out, looked at several times a second.
 Not fsynced: a killed process loses no line, a machine that loses power may.
 """
 

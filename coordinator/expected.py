@@ -24,9 +24,9 @@ _CHUNK_ELEMENTS = 1 << 18
 
 @dataclass(frozen=True, slots=True)
 class ExpectedOutput:
-    """Exactly these tensors (`module`, `inner_state`), or, for `record` and `tokens`, a bounded number of any bytes."""
+    """Exactly these tensors (`module`, `inner_state`, `checkpoint`), or a bounded number of any bytes (the others)."""
 
-    kind: Literal["module", "inner_state", "record", "tokens"]
+    kind: Literal["module", "inner_state", "checkpoint", "record", "tokens"]
     max_bytes: int
     tensors: tuple[TensorSpec, ...] = ()
 
@@ -38,8 +38,14 @@ class ExpectedOutput:
     @classmethod
     def inner_state(cls, path_tensors: Sequence[TensorSpec]) -> ExpectedOutput:
         """AdamW's `m.<name>` and `v.<name>` of every tensor of a path."""
-        moments = tuple(TensorSpec(f"{moment}.{spec.name}", spec.shape) for moment in "mv" for spec in path_tensors)
+        moments = _prefixed("mv", path_tensors)
         return cls("inner_state", _file_bytes(moments), moments)
+
+    @classmethod
+    def checkpoint(cls, path_tensors: Sequence[TensorSpec]) -> ExpectedOutput:
+        """Partial progress: the parameters `p.<name>` of a path beside its inner state."""
+        tensors = _prefixed("mpv", path_tensors)
+        return cls("checkpoint", _file_bytes(tensors), tensors)
 
     @classmethod
     def record(cls, max_bytes: int = RECORD_BYTES) -> ExpectedOutput:
@@ -100,6 +106,10 @@ class ExpectedOutput:
                         raise RejectedTensor(f"{what}: {spec.name} holds a value that is not finite")
                     squares += squared_norm(chunk)
         return math.sqrt(squares)
+
+
+def _prefixed(prefixes: str, tensors: Sequence[TensorSpec]) -> tuple[TensorSpec, ...]:
+    return tuple(TensorSpec(f"{prefix}.{spec.name}", spec.shape) for prefix in prefixes for spec in tensors)
 
 
 def _file_bytes(tensors: Sequence[TensorSpec]) -> int:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from protocol.tasks import Capabilities, EvaluateSpec, FeaturizeSpec, PackSpec, TaskResult, TrainSpec
+from protocol.tasks import Capabilities, Checkpoint, EvaluateSpec, FeaturizeSpec, PackSpec, TaskResult, TrainSpec
 from protocol.tensors import UploadHeader
 
 AnySpec = PackSpec | FeaturizeSpec | TrainSpec | EvaluateSpec
@@ -119,6 +119,12 @@ class Handlers(Protocol):
         """Make all outputs count or none; True where they counted already.
 
         Raises UnknownTask, StaleLease, UnknownBlob (an output that was not uploaded), RejectedTensor.
+        """
+
+    async def save_progress(self, worker_id: str, task_id: str, fence: int, checkpoint: Checkpoint) -> bool:
+        """Keep the uploaded partial progress of a task; False where one that has got as far is kept already.
+
+        Raises UnknownTask, StaleLease, UnknownBlob (it was not uploaded), RejectedTensor.
         """
 
     async def release(self, args: ReleaseArgs) -> None:

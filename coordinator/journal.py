@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from coordinator.state import Claim, Conduct, Holder, Module, Row, Shard, Stage, Standing, Task
-from protocol.tasks import BlobRef
+from protocol.tasks import BlobRef, Checkpoint
 
 FORMAT = 2
 # Formats whose rows are read as they are; opening such a run to go on with it makes it one of the newest format.
@@ -137,6 +137,8 @@ class Journal:
 def _plain(value: Any) -> Any:
     if isinstance(value, BlobRef):
         return [value.digest, value.size]
+    if isinstance(value, Checkpoint):
+        return value.model_dump(mode="json")
     if isinstance(value, Claim):
         return _parts(value)
     if isinstance(value, tuple):
@@ -174,6 +176,8 @@ def _decode(kind: str, body: dict[str, Any]) -> Row:
     for name in ("history", "files"):
         if name in body:
             body[name] = tuple(_blob(pair) for pair in body[name])
+    if body.get("checkpoint"):
+        body["checkpoint"] = Checkpoint.model_validate(body["checkpoint"])
     if "outputs" in body:
         body["outputs"] = _blobs(body["outputs"])
     if "claims" in body:

@@ -108,7 +108,7 @@ class Leases:
             [replace(stage, fingerprint=worker.capabilities.fingerprint)] if self._pins(stage, task, worker) else []
         )
         self._begin(leased, holder, now)
-        worker.task_id, worker.steps = task.task_id, 0
+        worker.task_id, worker.steps = task.task_id, _steps_kept(task)
         return Lease(Decision((leased, *pinned)), leased, holder.fence, spec)
 
     def _leasable(self, worker: Worker, now: float) -> list[Task]:
@@ -135,8 +135,8 @@ class Leases:
         if task.kind != "TRAIN" or slow is None or min(slow.step_times.count, worker.step_times.count) < MIN_ARRIVALS:
             return False
         steps = self.plan.inner_steps(self.state.stages[task.stage].model)
-        remaining_s = (steps - lifeline.steps) * slow.step_times.mean_s
-        return remaining_s > BACKUP_FACTOR * steps * worker.step_times.mean_s
+        remaining_s = (steps - max(lifeline.steps, _steps_kept(task))) * slow.step_times.mean_s
+        return remaining_s > BACKUP_FACTOR * (steps - _steps_kept(task)) * worker.step_times.mean_s
 
     def _offer(self, task: Task, worker: Worker, reasons: list[str]) -> tuple[Task, Message] | None:
         """The task with its spec, if the worker can honour its numerics, memory and fingerprint class."""
@@ -253,12 +253,14 @@ class Leases:
         holder = Holder(worker_id, fence)
         if task is None or holder not in task.holders:
             return Decision()
-        return Decision(self._returned(task, holder, f"{worker.name}: {reason}" if reason else ""))
+        dropped = (task.checkpoint.blob.digest,) if reason and task.checkpoint else ()
+        return Decision(self._returned(task, holder, f"{worker.name}: {reason}" if reason else ""), obsolete=dropped)
 
     def _returned(self, task: Task, holder: Holder, failure: str) -> tuple[Row, ...]:
+        """The task without the holder; after a failure it starts over, since its checkpoint may be the cause."""
         back = self._without(task, holder)
         failures = (*task.failures, failure) if failure else task.failures
-        back = replace(back, failures=failures)
+        back = replace(back, failures=failures, checkpoint=None if failure else task.checkpoint)
         if failure and len(failures) >= self.execution.max_attempts:
             reason = f"task {task.task_id} failed {len(failures)} times ({'; '.join(_counted(failures))})"
             return back, replace(self.state.standing, paused=reason)
@@ -299,6 +301,11 @@ class Leases:
 
 def _holder(task: Task, worker_id: str) -> Holder | None:
     return next((holder for holder in task.holders if holder.worker_id == worker_id), None)
+
+
+def _steps_kept(task: Task) -> int:
+    """The inner steps of a task that a new holder need not take."""
+    return task.checkpoint.steps if task.checkpoint else 0
 
 
 def _counted(failures: Iterable[str]) -> list[str]:

@@ -19,7 +19,10 @@ from coordinator.plan import TRAINING, Plan
 from coordinator.stage_steps import StageSteps
 from coordinator.state import Module, Row, Shard, Stage, State, Task, Worker
 from protocol.errors import RejectedTensor
-from protocol.tasks import BlobRef, TaskResult
+from protocol.tasks import BlobRef, Checkpoint, TaskResult
+
+# The upload that carries the partial progress of a TRAIN task.
+CHECKPOINT = "checkpoint"
 
 
 @dataclass(slots=True)
@@ -120,6 +123,13 @@ class Machine:
         name = {"sample": "features", "assign": "assignments", "route": "routes"}[spec.mode]
         return {name: ExpectedOutput.record()}
 
+    def accepted_uploads(self, task: Task) -> dict[str, ExpectedOutput]:
+        """What may be uploaded under a lease of the task, by name: its outputs, and its partial progress."""
+        expected = self.expected_outputs(task)
+        if task.kind == "TRAIN":
+            expected[CHECKPOINT] = ExpectedOutput.checkpoint(self.plan.path_tensors(self.state))
+        return expected
+
     def _expected_of_training(self, task: Task) -> dict[str, ExpectedOutput]:
         stage = self.state.stages[task.stage]
         shard = self.state.shards[f"{stage.model}/{task.subject}"]
@@ -146,14 +156,29 @@ class Machine:
         if result.tokens and result.seconds > 0:
             worker.tokens_per_s = result.tokens / result.seconds
         counted = result.model_dump(mode="json", exclude={"outputs", "step_losses", "fetched_bytes"})
-        done = replace(task, status="done", holders=(), outputs=dict(result.outputs), result=counted)
+        done = replace(task, status="done", holders=(), checkpoint=None, outputs=dict(result.outputs), result=counted)
         draft = _Draft(self.state)
         draft.put([done])
-        obsolete: tuple[str, ...] = ()
+        obsolete: tuple[str, ...] = (task.checkpoint.blob.digest,) if task.checkpoint else ()
         if task.kind == "TRAIN":
-            obsolete = self._train_next(draft, stage, task, result)
+            obsolete += self._train_next(draft, stage, task, result)
         metric = self._metric(task, stage, worker, result, wall_s)
         return self._advanced(draft, wall_s, (metric,), obsolete)
+
+    def save_progress(self, worker_id: str, task_id: str, fence: int, checkpoint: Checkpoint, now: float) -> Decision:
+        """The next holder of the task goes on from `checkpoint`, unless one is kept that has got as far.
+
+        A decision without rows keeps nothing. Raises StaleLease, UnknownTask or RejectedTensor.
+        """
+        self.leases.known(worker_id, now)
+        task = self.leases.held_task(task_id, fence, worker_id)
+        steps = self.plan.inner_steps(self.state.stages[task.stage].model) if task.kind == "TRAIN" else 0
+        if checkpoint.steps >= steps:
+            raise RejectedTensor(f"task {task_id} has {steps} steps; a checkpoint of {checkpoint.steps} is none of it")
+        kept = task.checkpoint
+        if kept is not None and kept.steps >= checkpoint.steps:
+            return Decision()
+        return Decision((replace(task, checkpoint=checkpoint),), obsolete=(kept.blob.digest,) if kept else ())
 
     def _train_next(self, draft: _Draft, stage: Stage, task: Task, result: TaskResult) -> tuple[str, ...]:
         """The shard moves on: its next task, its new inner state. Returns blobs nothing needs any more."""
@@ -299,6 +324,8 @@ def referenced_digests(state: State) -> set[str]:
 
 def _digests_of_task(task: Task) -> set[str]:
     outputs = {ref.digest for ref in task.outputs.values()}
+    if task.checkpoint is not None:
+        outputs.add(task.checkpoint.blob.digest)
     return outputs | _digests_in(task.spec) | _digests_in(task.result)
 
 

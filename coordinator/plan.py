@@ -171,7 +171,10 @@ class Plan:
         return all(state.modules[f"{stage.model}/{module_id}"].version == task.phase for module_id in modules)
 
     def train_spec(self, state: State, stage: Stage, task: Task) -> TrainSpec:
-        """The whole task, from the newest versions: a pure function of modules, shard, inner state and seed."""
+        """The whole task, from the newest versions: a pure function of modules, shard, inner state and seed.
+
+        Where an earlier holder left a checkpoint it starts in the middle, to the same end.
+        """
         model, experiment = stage.model, self.experiment
         shard = state.shards[f"{model}/{task.subject}"]
         keep = experiment.inner.inner_state == "keep"
@@ -191,6 +194,7 @@ class Plan:
             order_seed=self.order_seed(model, shard.shard),
             outer=self.outer(model).kind,
             numerics=self.numerics,
+            resume=task.checkpoint,
             required_bytes=train_bytes(
                 experiment.model,
                 self.vocab_size(state),

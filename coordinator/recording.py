@@ -17,7 +17,7 @@ from coordinator.handlers import (
     ReleaseArgs,
     UploadSink,
 )
-from protocol.tasks import TaskResult
+from protocol.tasks import Checkpoint, TaskResult, TrainSpec
 from protocol.tensors import UploadHeader
 
 PERIOD_S = 0.2
@@ -47,12 +47,14 @@ class Recording:
     async def lease(self, worker_id: str, wait_s: float, cached_digests: frozenset[str]) -> LeaseAnswer:
         answer = await self._handlers.lease(worker_id, wait_s, cached_digests)
         if answer.spec is not None:
+            resume = answer.spec.resume if isinstance(answer.spec, TrainSpec) else None
             self._log.write(
                 "leased",
                 task_id=answer.task_id,
                 fence=answer.fence,
                 worker=self._names.get(worker_id, worker_id),
                 kind=answer.task_id.split("/")[1],
+                resumed=resume.steps if resume else 0,
             )
         return answer
 
@@ -65,8 +67,15 @@ class Recording:
     async def complete(self, worker_id: str, task_id: str, fence: int, result: TaskResult) -> bool:
         duplicate = await self._handlers.complete(worker_id, task_id, fence, result)
         if not duplicate:
-            self._log.write("completed", task_id=task_id, fence=fence, steps=result.steps, seconds=result.seconds)
+            own_s = result.seconds - result.resumed_seconds
+            self._log.write("completed", task_id=task_id, fence=fence, steps=result.steps, seconds=own_s)
         return duplicate
+
+    async def save_progress(self, worker_id: str, task_id: str, fence: int, checkpoint: Checkpoint) -> bool:
+        kept = await self._handlers.save_progress(worker_id, task_id, fence, checkpoint)
+        if kept:
+            self._log.write("checkpoint", task_id=task_id, fence=fence, steps=checkpoint.steps)
+        return kept
 
     async def release(self, args: ReleaseArgs) -> None:
         await self._handlers.release(args)

@@ -17,7 +17,7 @@ from coordinator.handlers import Handlers, HeartbeatArgs, HelloArgs, ReleaseArgs
 from protocol import dipaco_pb2 as pb
 from protocol import dipaco_pb2_grpc as pb_grpc
 from protocol.errors import UnknownBlob, one_line
-from protocol.tasks import Capabilities, MalformedMessage, decode_capabilities, decode_result, encode
+from protocol.tasks import Capabilities, MalformedMessage, decode_capabilities, decode_checkpoint, decode_result, encode
 from protocol.tensors import DEFAULT_CHUNK_BYTES, UploadHeader, check_chunk, decode_header
 from protocol.version import PROTOCOL_MAJOR, PROTOCOL_MINOR, check_worker_version, package_version
 
@@ -121,6 +121,11 @@ class CoordinatorService(pb_grpc.CoordinatorServicer):  # type: ignore[misc, unu
         result = decode_result(request.result)
         duplicate = await self._handlers.complete(request.worker_id, request.task_id, request.fence, result)
         return pb.CompleteReply(duplicate=duplicate)
+
+    async def SaveProgress(self, request: Any, context: Any) -> Any:  # noqa: N802
+        checkpoint = decode_checkpoint(request.checkpoint)
+        kept = await self._handlers.save_progress(request.worker_id, request.task_id, request.fence, checkpoint)
+        return pb.SaveProgressReply(kept=kept)
 
     async def Release(self, request: Any, context: Any) -> Any:  # noqa: N802
         await self._handlers.release(

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, NamedTuple
 
 from coordinator.arrivals import Gaps
-from protocol.tasks import BlobRef, Capabilities
+from protocol.tasks import BlobRef, Capabilities, Checkpoint
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +62,7 @@ class Task:
     """One unit of work. A TRAIN spec follows from shards and modules when it is leased, others stand in `spec`.
 
     At most two holders: a second one where the first is overdue or slow. `fence` is the highest token given out.
+    `checkpoint` is the farthest that a holder has come, for the next one to go on from.
     """
 
     table: ClassVar[str] = "tasks"
@@ -77,6 +78,7 @@ class Task:
     fence: int = 0
     spec: dict[str, Any] = field(default_factory=dict)
     failures: tuple[str, ...] = ()
+    checkpoint: Checkpoint | None = None
     outputs: dict[str, BlobRef] = field(default_factory=dict)
     result: dict[str, Any] = field(default_factory=dict)
     claims: tuple[Claim, ...] = ()

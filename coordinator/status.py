@@ -3,7 +3,8 @@
 Keys of a status: `run`, `stage` (names running), `stages` [name, kind, status, done, total], `phase`, `num_phases`,
 `workers` [id, name, task, steps, steps_total, loss, tokens_per_s, last_seen_s], `tasks` {ready, leasable, leased,
 done}, `losses` {path id: mean loss of its latest task}, `baseline_losses` {model: the same}, `tokens`, `steps` (in the
-weights), `bytes` {modules, outer_gradients, inner_state, other}, `eta_s` (None while unknown), `finished`, `paused`.
+weights), `bytes` {modules, outer_gradients, inner_state, checkpoints, other}, `eta_s` (None while unknown), `finished`,
+`paused`.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from coordinator.plan import BASE, MIXTURE, TRAINING, Plan
 from coordinator.state import Stage, State, Task, Worker
 
 RATE_WINDOW = 24
-CATEGORIES = ("modules", "outer_gradients", "inner_state", "other")
+CATEGORIES = ("modules", "outer_gradients", "inner_state", "checkpoints", "other")
 
 
 class Tally:

@@ -1,4 +1,4 @@
-"""Bytes that went over the wire, by what they were: modules, outer gradients, inner state, other."""
+"""Bytes that went over the wire, by what they were: modules, outer gradients, inner state, checkpoints, other."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from coordinator.state import State
 
-_CATEGORY_OF_KIND = {"module": "outer_gradients", "inner_state": "inner_state"}
+_CATEGORY_OF_KIND = {"module": "outer_gradients", "inner_state": "inner_state", "checkpoint": "checkpoints"}
 
 
 class Traffic:
@@ -21,6 +21,8 @@ class Traffic:
             self._count("modules", num_bytes)
         elif any(row.inner_state and row.inner_state.digest == digest for row in self._state.shards.values()):
             self._count("inner_state", num_bytes)
+        elif any(row.checkpoint and row.checkpoint.blob.digest == digest for row in self._state.tasks.values()):
+            self._count("checkpoints", num_bytes)
         else:
             self._count("other", num_bytes)
 

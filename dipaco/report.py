@@ -3,8 +3,8 @@
 Keys: `run`; `perplexity` and `bits_per_byte` {dense, other baselines, dipaco: {sequence, every:W, oracle:sequence,
 oracle:every:W}} on the held-out `split`, the prefix of every sequence left out; `per_domain` {domain: the shape of
 perplexity}; `path_load` {route: {path: share of tokens}}; `oracle_agreement`; `tokens` {trained, evaluated};
-`wire_bytes` {modules, outer_gradients, inner_state, other}; `stages` {name: seconds} (they may overlap); `wall_s`,
-`peak_rss_mb` (all processes of `dipaco run` together, proportional) and `workers`; `digest` of all weights;
+`wire_bytes` {modules, outer_gradients, inner_state, checkpoints, other}; `stages` {name: seconds} (they may overlap);
+`wall_s`, `peak_rss_mb` (all processes of `dipaco run` together, proportional) and `workers`; `digest` of all weights;
 `config_digest`; `hardware`. What a run has not measured is an empty mapping, a number that is none is null.
 """
 

@@ -110,6 +110,24 @@ class CompleteReply(_message.Message):
     duplicate: bool
     def __init__(self, duplicate: _Optional[bool] = ...) -> None: ...
 
+class SaveProgressRequest(_message.Message):
+    __slots__ = ("worker_id", "task_id", "fence", "checkpoint")
+    WORKER_ID_FIELD_NUMBER: _ClassVar[int]
+    TASK_ID_FIELD_NUMBER: _ClassVar[int]
+    FENCE_FIELD_NUMBER: _ClassVar[int]
+    CHECKPOINT_FIELD_NUMBER: _ClassVar[int]
+    worker_id: str
+    task_id: str
+    fence: int
+    checkpoint: bytes
+    def __init__(self, worker_id: _Optional[str] = ..., task_id: _Optional[str] = ..., fence: _Optional[int] = ..., checkpoint: _Optional[bytes] = ...) -> None: ...
+
+class SaveProgressReply(_message.Message):
+    __slots__ = ("kept",)
+    KEPT_FIELD_NUMBER: _ClassVar[int]
+    kept: bool
+    def __init__(self, kept: _Optional[bool] = ...) -> None: ...
+
 class ReleaseRequest(_message.Message):
     __slots__ = ("worker_id", "task_id", "fence", "reason", "leaving")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]

@@ -55,6 +55,11 @@ class CoordinatorStub:
                 request_serializer=protocol_dot_dipaco__pb2.CompleteRequest.SerializeToString,
                 response_deserializer=protocol_dot_dipaco__pb2.CompleteReply.FromString,
                 _registered_method=True)
+        self.SaveProgress = channel.unary_unary(
+                '/dipaco.v1.Coordinator/SaveProgress',
+                request_serializer=protocol_dot_dipaco__pb2.SaveProgressRequest.SerializeToString,
+                response_deserializer=protocol_dot_dipaco__pb2.SaveProgressReply.FromString,
+                _registered_method=True)
         self.Release = channel.unary_unary(
                 '/dipaco.v1.Coordinator/Release',
                 request_serializer=protocol_dot_dipaco__pb2.ReleaseRequest.SerializeToString,
@@ -99,6 +104,14 @@ class CoordinatorServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def SaveProgress(self, request, context):
+        """Keeps the partial progress of a task, uploaded before as its output "checkpoint": whoever gets the task next goes on
+        from there. The newest replaces the older; it goes when the task is complete. Repeating it is a no-op.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Release(self, request, context):
         """Gives a task back: with a reason it counts as a failed attempt, without one it does not.
         """
@@ -135,6 +148,11 @@ def add_CoordinatorServicer_to_server(servicer, server):
                     servicer.Complete,
                     request_deserializer=protocol_dot_dipaco__pb2.CompleteRequest.FromString,
                     response_serializer=protocol_dot_dipaco__pb2.CompleteReply.SerializeToString,
+            ),
+            'SaveProgress': grpc.unary_unary_rpc_method_handler(
+                    servicer.SaveProgress,
+                    request_deserializer=protocol_dot_dipaco__pb2.SaveProgressRequest.FromString,
+                    response_serializer=protocol_dot_dipaco__pb2.SaveProgressReply.SerializeToString,
             ),
             'Release': grpc.unary_unary_rpc_method_handler(
                     servicer.Release,
@@ -256,6 +274,33 @@ class Coordinator:
             '/dipaco.v1.Coordinator/Complete',
             protocol_dot_dipaco__pb2.CompleteRequest.SerializeToString,
             protocol_dot_dipaco__pb2.CompleteReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SaveProgress(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/dipaco.v1.Coordinator/SaveProgress',
+            protocol_dot_dipaco__pb2.SaveProgressRequest.SerializeToString,
+            protocol_dot_dipaco__pb2.SaveProgressReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -6,10 +6,10 @@ malformed message is one clear error. Travels as msgpack inside the .proto's `sp
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import msgpack
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, TypeAdapter, ValidationError, model_validator
 
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Count = Annotated[int, Field(ge=0)]
@@ -101,12 +101,34 @@ class FeaturizeSpec(Message):
     required_bytes: Count = 0
 
 
+class Checkpoint(Message):
+    """Partial progress of a TRAIN task: what its first `steps` steps have come to.
+
+    The blob holds float32 tensors `p.<tensor>` (parameters), `m.<tensor>` and `v.<tensor>` (AdamW); the sums and the
+    losses of the steps are those of TaskResult. Whoever goes on from it ends with the same bits.
+    """
+
+    blob: BlobRef
+    steps: Annotated[Counted, Field(gt=0)]
+    tokens: Counted
+    sequences: Counted
+    loss_sum: FiniteFloat
+    step_losses: list[FiniteFloat]
+    seconds: Annotated[FiniteFloat, Field(ge=0)]
+
+    @model_validator(mode="after")
+    def _one_loss_a_step(self) -> Self:
+        if len(self.step_losses) != self.steps:
+            raise ValueError(f"{len(self.step_losses)} losses of {self.steps} steps")
+        return self
+
+
 class TrainSpec(Message):
     """`steps` inner AdamW steps of one shard on its path, from module versions and the shard's inner state.
 
     `first_step` is the path's step counter (learning rate), `shard_step` the steps already done in the shard (data
-    cursor). Outputs: one contribution per module id (start minus end; for `assign` the end itself), and `inner_state`
-    where kept.
+    cursor), `resume` the progress of an earlier holder to go on from. Outputs: one contribution per module id (start
+    minus end; for `assign` the end itself), and `inner_state` where kept.
     """
 
     kind: Literal["train"] = "train"
@@ -123,6 +145,7 @@ class TrainSpec(Message):
     order_seed: Count
     outer: Literal["nesterov", "assign"]
     numerics: Numerics
+    resume: Checkpoint | None = None
     required_bytes: Count = 0
 
 
@@ -151,7 +174,9 @@ TaskSpec = Annotated[PackSpec | FeaturizeSpec | TrainSpec | EvaluateSpec, Field(
 class TaskResult(Message):
     """Outputs by name, counted quantities, and the numbers that go into metrics.
 
-    `loss_sum` in nats over `tokens` target tokens; `step_losses` is the mean loss of each inner step.
+    `loss_sum` in nats over `tokens` target tokens; `step_losses` is the mean loss of each inner step. All of
+    them, and `seconds`, cover the whole task; `resumed_steps` and `resumed_seconds` are the part taken over from a
+    checkpoint.
     """
 
     outputs: dict[str, BlobRef]
@@ -161,6 +186,8 @@ class TaskResult(Message):
     loss_sum: FiniteFloat = 0.0
     step_losses: list[FiniteFloat] = []
     seconds: FiniteFloat = 0.0
+    resumed_steps: Counted = 0
+    resumed_seconds: FiniteFloat = 0.0
     fetched_bytes: dict[str, Counted] = {}
 
 
@@ -211,6 +238,14 @@ def decode_result(data: bytes) -> TaskResult:
         return TaskResult.model_validate(unpack(data))
     except ValidationError as error:
         raise MalformedMessage(f"malformed task result: {error}") from None
+
+
+def decode_checkpoint(data: bytes) -> Checkpoint:
+    """The partial progress a worker hands in; raises MalformedMessage."""
+    try:
+        return Checkpoint.model_validate(unpack(data))
+    except ValidationError as error:
+        raise MalformedMessage(f"malformed checkpoint: {error}") from None
 
 
 def decode_capabilities(data: bytes) -> Capabilities:

@@ -28,15 +28,16 @@ class UploadHeader(Message):
     """One output of a leased task: whose it is, which blob it is (`size` in bytes), and which tensors it holds.
 
     `worker_id` and `fence` are those of the lease: nobody else may write under it.
-    `output` names it in the task's result: a module id, `inner_state`, `features`, `losses`, `tokens`, ... `offset` is
-    the first byte that follows in this stream. `tensors` is empty for kinds that hold none.
+    `output` names it in the task's result: a module id, `inner_state`, `features`, `losses`, `tokens`, ...; partial
+    progress is the output `checkpoint`. `offset` is the first byte that follows in this stream. `tensors` is empty for
+    kinds that hold none.
     """
 
     worker_id: str = ""
     task_id: Annotated[str, Field(min_length=1)]
     fence: Annotated[int, Field(ge=0, lt=2**64)]
     output: Annotated[str, Field(min_length=1)]
-    kind: Literal["module", "inner_state", "record", "tokens"]
+    kind: Literal["module", "inner_state", "checkpoint", "record", "tokens"]
     codec: Literal["raw"] = "raw"
     tensors: list[DeclaredTensor] = Field(default_factory=list)
     digest: Digest

@@ -10,7 +10,7 @@ from importlib import metadata
 from protocol.errors import VersionMismatch
 
 PROTOCOL_MAJOR = 1
-PROTOCOL_MINOR = 0
+PROTOCOL_MINOR = 1
 
 
 def package_version() -> str:

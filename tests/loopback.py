@@ -14,7 +14,7 @@ from coordinator.server import RunningServer, start_server
 from protocol.address import Address
 from protocol.errors import CorruptBlob, StaleLease, UnknownBlob, UnknownTask, UnknownWorker
 from protocol.security import ServerSecurity
-from protocol.tasks import BlobRef, Capabilities, MalformedMessage, PackSpec, TaskResult
+from protocol.tasks import BlobRef, Capabilities, Checkpoint, MalformedMessage, PackSpec, TaskResult
 from protocol.tensors import UploadHeader
 
 T = TypeVar("T")
@@ -106,6 +106,12 @@ class BookHandlers:
         duplicate = task_id in self.completed
         self.completed.add(task_id)
         return duplicate
+
+    async def save_progress(self, worker_id: str, task_id: str, fence: int, checkpoint: Checkpoint) -> bool:
+        self._check_worker(worker_id)
+        self._check_task(task_id, fence)
+        self.calls.append(checkpoint)
+        return True
 
     async def release(self, args: ReleaseArgs) -> None:
         self._check_worker(args.worker_id)

@@ -24,6 +24,7 @@ from protocol.joinfile import JoinFile
 from protocol.patience import Patience
 from protocol.tasks import (
     Capabilities,
+    Checkpoint,
     EvaluateSpec,
     FeaturizeSpec,
     MalformedMessage,
@@ -144,6 +145,13 @@ class WorkerClient:
         """Make the task's uploaded outputs count; True where they did already. Raises StaleLease."""
         request = pb.CompleteRequest(worker_id=worker_id, task_id=task_id, fence=fence, result=encode(result))
         return bool(self._known_call(self._control.Complete, request, CALL_DEADLINE_S, self._patience_s).duplicate)
+
+    def save_progress(self, worker_id: str, task_id: str, fence: int, checkpoint: Checkpoint) -> bool:
+        """Keep an uploaded checkpoint for the next holder; False where another is kept. Raises StaleLease."""
+        request = pb.SaveProgressRequest(
+            worker_id=worker_id, task_id=task_id, fence=fence, checkpoint=encode(checkpoint)
+        )
+        return bool(self._known_call(self._control.SaveProgress, request, CALL_DEADLINE_S, self._patience_s).kept)
 
     def release(self, worker_id: str, task_id: str, fence: int, reason: str = "", *, leaving: bool = False) -> None:
         """Give a task back (with a reason: the attempt failed), or leave the run (`task_id` may be empty).

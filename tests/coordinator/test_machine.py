@@ -18,7 +18,7 @@ from coordinator.machine import Machine, referenced_digests
 from coordinator.plan import Plan
 from coordinator.state import State, Task
 from protocol.errors import RejectedTensor, StaleLease, UnknownTask, UnknownWorker
-from protocol.tasks import BlobRef, Capabilities, TaskResult
+from protocol.tasks import BlobRef, Capabilities, Checkpoint, TaskResult, TrainSpec
 
 OFFER = Capabilities(devices=["cpu"], memory_bytes=10**10, threads=1, fingerprint="a")
 
@@ -63,6 +63,19 @@ def local_result(task: Task, plan: Plan) -> dict[str, Any]:
     if task.kind == "DIVIDE":
         return {"shards": [{"manifest": pair("manifest", shard)} for shard in range(plan.mixture.num_shards)]}
     return {"perplexity": {}}
+
+
+def checkpoint(task: Task, steps: int) -> Checkpoint:
+    """Progress of a task after some steps."""
+    return Checkpoint(
+        blob=ref("progress", task.task_id, steps),
+        steps=steps,
+        tokens=50 * steps,
+        sequences=5 * steps,
+        loss_sum=0.5,
+        step_losses=[1.0] * steps,
+        seconds=1.0,
+    )
 
 
 class Driver:
@@ -113,13 +126,20 @@ class Driver:
         return lease.task and replace(lease.task, fence=lease.fence)
 
     def result(self, task: Task) -> TaskResult:
-        """A pure function of the task, as a real one would be."""
-        spec = self.machine.leases.spec(task).model_dump_json()
+        """A pure function of the task, as a real one would be: not of where its last holder began."""
+        spec = self.machine.leases.spec(task).model_dump_json(exclude={"resume"})
         outputs = {name: ref(task.task_id, spec, name) for name in self.machine.expected_outputs(task)}
         steps = 2 if task.kind == "TRAIN" else 0
         return TaskResult(
             outputs=outputs, tokens=100, sequences=10, steps=steps, loss_sum=1.0, step_losses=[1.0] * steps
         )
+
+    def save(self, worker_id: str, task: Task, steps: int = 1) -> bool:
+        """Hand in partial progress; whether it was kept."""
+        kept = checkpoint(task, steps)
+        decision = self.machine.save_progress(worker_id, task.task_id, task.fence, kept, self.now)
+        self.commit(decision)
+        return bool(decision.rows)
 
     def complete(self, worker_id: str, task: Task) -> None:
         result = self.result(task)
@@ -204,7 +224,7 @@ def test_faults_change_nothing_in_the_result(data: st.DataObject) -> None:
         if driver.finished:
             break
         worker = data.draw(st.sampled_from(workers))
-        actions = ["lease", "complete", "complete", "vanish", "late", "restart", "give back", "beat", "lag"]
+        actions = ["lease", "complete", "complete", "vanish", "late", "restart", "give back", "beat", "lag", "save"]
         action = data.draw(st.sampled_from(actions))
         _act(driver, held, worker, action)
     while not driver.finished:
@@ -237,11 +257,72 @@ def _act(driver: Driver, held: dict[str, Task], worker: str, action: str) -> Non
     elif task is not None and action == "give back":
         driver.commit(driver.machine.leases.release(worker, task.task_id, task.fence, "", False, driver.now))
         del held[worker]
+    elif task is not None and action == "save":
+        with contextlib.suppress(StaleLease, UnknownTask, RejectedTensor):  # Rejected: a task without steps
+            driver.save(worker, task)
     elif task is not None:
         with contextlib.suppress(StaleLease, UnknownTask):
             driver.complete(worker, task)
         if action == "complete":
             del held[worker]
+
+
+def test_the_next_holder_goes_on_from_the_farthest_checkpoint() -> None:
+    driver = Driver(make_config(stages=[{"kind": "pretrain", "steps": 6, "inner_steps": 6}], baselines=[]))
+    first, second = driver.hello("first"), driver.hello("second")
+    until_training(driver)
+    task = driver.lease(first)
+    assert task is not None
+    assert task.kind == "TRAIN"
+    assert driver.save(first, task, 2)
+    assert driver.save(first, task, 3)
+    assert not driver.save(first, task, 2), "an older one does not replace it"
+    assert not driver.save(first, task, 3), "nor does a repetition"
+    with pytest.raises(RejectedTensor, match="6 steps"):
+        driver.save(first, task, 6)
+    driver.now = 20.0
+    driver.commit(driver.machine.leases.expire(driver.now))
+    with pytest.raises(StaleLease):
+        driver.save(first, task, 4)
+    driver.restart()
+    second = driver.hello("second")
+    again = driver.machine.leases.lease(second, frozenset(), driver.now)
+    assert isinstance(again.spec, TrainSpec)
+    assert again.spec.resume == checkpoint(task, 3)
+    assert checkpoint(task, 3).blob.digest in driver.machine.referenced()
+
+
+def test_a_checkpoint_goes_with_its_task_and_a_replaced_one_at_once() -> None:
+    driver = Driver(make_config(stages=[{"kind": "pretrain", "steps": 6, "inner_steps": 6}], baselines=[]))
+    worker = driver.hello("worker")
+    until_training(driver)
+    task = driver.lease(worker)
+    assert task is not None
+    driver.save(worker, task, 2)
+    newer = driver.machine.save_progress(worker, task.task_id, task.fence, checkpoint(task, 4), driver.now)
+    assert newer.obsolete == (checkpoint(task, 2).blob.digest,)
+    driver.commit(newer)
+    result = driver.result(task).model_copy(update={"steps": 6, "step_losses": [1.0] * 6})
+    done = driver.machine.complete(worker, task.task_id, task.fence, result, driver.now, driver.now)
+    assert checkpoint(task, 4).blob.digest in done.obsolete
+    driver.commit(done)
+    assert checkpoint(task, 4).blob.digest not in driver.machine.referenced()
+
+
+def test_a_task_that_failed_starts_over() -> None:
+    """Its checkpoint may be what makes it fail."""
+    driver = Driver(make_config())
+    worker = driver.hello("worker")
+    until_training(driver)
+    task = driver.lease(worker)
+    assert task is not None
+    driver.save(worker, task)
+    failed = driver.machine.leases.release(worker, task.task_id, task.fence, "overflow", False, driver.now)
+    assert failed.obsolete == (checkpoint(task, 1).blob.digest,)
+    driver.commit(failed)
+    spec = driver.machine.leases.lease(worker, frozenset(), driver.now).spec
+    assert isinstance(spec, TrainSpec)
+    assert spec.resume is None
 
 
 def test_a_stale_result_changes_nothing() -> None:

@@ -37,7 +37,7 @@ def test_what_happens_to_a_lease_is_noted_once(tmp_path: Path) -> None:
     lease = {"task_id": TASK, "fence": FENCE}
     assert facts(tmp_path) == [
         {"event": "joined", "worker": "host", "worker_id": "worker-0"},
-        {"event": "leased", **lease, "worker": "host", "kind": TASK.split("/")[1]},
+        {"event": "leased", **lease, "worker": "host", "kind": TASK.split("/")[1], "resumed": 0},
         {"event": "progress", **lease, "steps": 3},
         {"event": "completed", **lease, "steps": 9, "seconds": 1.5},
         {"event": "released", **lease, "worker": "host"},

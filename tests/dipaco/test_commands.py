@@ -83,7 +83,7 @@ def test_the_report_has_its_documented_keys(report: dict[str, Any]) -> None:
         assert set(report[key]) == {"dense", "dense-nesterov", "dipaco"}
         assert set(report[key]["dipaco"]) == routes
     assert set(report["per_domain"]) == {"recipe", "code", "law", "numbers"}
-    assert set(report["wire_bytes"]) == {"modules", "outer_gradients", "inner_state", "other"}
+    assert set(report["wire_bytes"]) == {"modules", "outer_gradients", "inner_state", "checkpoints", "other"}
     assert all(count > 0 for count in report["wire_bytes"].values())
     assert set(report["path_load"]["sequence"]) == {"0.0", "0.1", "1.0", "1.1"}
     assert sum(report["path_load"]["sequence"].values()) == pytest.approx(1.0)
