@@ -289,7 +289,9 @@ class Coordinator:
     # --- what the service calls -------------------------------------------------------------------------------------
 
     async def hello(self, args: HelloArgs) -> HelloAnswer:
-        worker_id = self._machine.leases.register(args.worker_id, args.worker_name, args.capabilities, time.monotonic())
+        worker_id = self._machine.leases.register(
+            args.worker_id, args.worker_name, args.capabilities, time.monotonic(), args.identity
+        )
         self.say(f"worker {args.worker_name} {'is back' if args.worker_id else 'joined'} as {worker_id}")
         return HelloAnswer(
             worker_id, self.config.name, self.config.model_dump_json(), self.config.execution.heartbeat_s

@@ -18,12 +18,16 @@ AnySpec = PackSpec | FeaturizeSpec | TrainSpec | EvaluateSpec
 
 @dataclass(frozen=True, slots=True)
 class HelloArgs:
-    """A worker that joins (`worker_id` empty) or comes back under the id it was given. Its version was checked."""
+    """A worker that joins (`worker_id` empty) or comes back under the id it was given. Its version was checked.
+
+    `identity` is the name in its certificate, which TLS has verified; empty where it has none.
+    """
 
     worker_name: str
     worker_id: str
     package_version: str
     capabilities: Capabilities
+    identity: str = ""
 
 
 @dataclass(frozen=True, slots=True)

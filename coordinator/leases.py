@@ -13,6 +13,7 @@ from typing import Any
 
 from coordinator.arrivals import MIN_ARRIVALS
 from coordinator.decisions import Decision, Lease
+from coordinator.ownership import check_owner, new_worker_id
 from coordinator.plan import TRAINING, Plan
 from coordinator.state import Holder, Lifeline, Row, Stage, State, Task, Worker
 from protocol.errors import StaleLease, UnknownTask, UnknownWorker
@@ -54,13 +55,19 @@ class Leases:
         for holder in task.holders:
             self.state.lifelines.pop((task.task_id, holder.fence), None)
 
-    def register(self, worker_id: str, name: str, capabilities: Capabilities, now: float) -> str:
-        """A worker says hello, for the first time (empty id) or after a reconnection. Returns its id."""
+    def register(self, worker_id: str, name: str, capabilities: Capabilities, now: float, identity: str = "") -> str:
+        """A worker says hello, for the first time (empty id) or after a reconnection. Returns its id.
+
+        `identity` is the name in its certificate, if it has one. Raises Forbidden where the id is another's.
+        """
+        check_owner(worker_id, identity)
         if worker_id not in self.state.workers:
             self._forget_silent(MAX_WORKERS - 1)
-        worker_id = worker_id or f"w{self._random.getrandbits(48):012x}"
+        worker_id = worker_id or new_worker_id(self._random.getrandbits(48), identity)
         held = [t.task_id for t in self.state.tasks.values() if any(h.worker_id == worker_id for h in t.holders)]
-        self.state.workers[worker_id] = Worker(worker_id, name, capabilities, now, task_id=held[0] if held else "")
+        self.state.workers[worker_id] = Worker(
+            worker_id, name, capabilities, now, task_id=held[0] if held else "", identity=identity
+        )
         return worker_id
 
     def _forget_silent(self, limit: int) -> None:

@@ -14,9 +14,11 @@ from collections.abc import AsyncIterator, Coroutine
 from typing import Any, TypeVar
 
 from coordinator.handlers import Handlers, HeartbeatArgs, HelloArgs, ReleaseArgs, UploadSink
+from coordinator.ownership import check_owner
 from protocol import dipaco_pb2 as pb
 from protocol import dipaco_pb2_grpc as pb_grpc
 from protocol.errors import UnknownBlob, one_line
+from protocol.peer import certified_name
 from protocol.tasks import Capabilities, MalformedMessage, decode_capabilities, decode_checkpoint, decode_result, encode
 from protocol.tensors import DEFAULT_CHUNK_BYTES, UploadHeader, check_chunk, decode_header
 from protocol.version import PROTOCOL_MAJOR, PROTOCOL_MINOR, check_worker_version, package_version
@@ -52,6 +54,12 @@ def _capabilities(data: bytes) -> Capabilities:
     return decode_capabilities(data)
 
 
+def _own(worker_id: str, context: Any) -> str:
+    """The worker id of a call; raises Forbidden where it was given to another certificate than the caller's."""
+    check_owner(worker_id, certified_name(context))
+    return worker_id
+
+
 async def _to_the_end(work: Coroutine[Any, Any, T]) -> T:
     """Await work that holds a file in a thread; where the call is cancelled, it is first let finish."""
     task = asyncio.ensure_future(work)
@@ -77,6 +85,7 @@ class CoordinatorService(pb_grpc.CoordinatorServicer):  # type: ignore[misc, unu
                 worker_id=_label(request.worker_id, "worker_id"),
                 package_version=_label(request.package_version, "package_version"),
                 capabilities=_capabilities(request.capabilities),
+                identity=certified_name(context),
             )
         )
         return pb.HelloReply(
@@ -94,7 +103,7 @@ class CoordinatorService(pb_grpc.CoordinatorServicer):  # type: ignore[misc, unu
         if not math.isfinite(request.wait_s) or request.wait_s < 0:
             raise MalformedMessage(f"wait_s must be a number of seconds from 0, not {request.wait_s}")
         wait_s = min(request.wait_s, MAX_LEASE_WAIT_S)
-        answer = await self._handlers.lease(request.worker_id, wait_s, frozenset(request.cached_digests))
+        answer = await self._handlers.lease(_own(request.worker_id, context), wait_s, frozenset(request.cached_digests))
         return pb.LeaseReply(
             task_id=answer.task_id,
             fence=answer.fence,
@@ -107,7 +116,7 @@ class CoordinatorService(pb_grpc.CoordinatorServicer):  # type: ignore[misc, unu
     async def Heartbeat(self, request: Any, context: Any) -> Any:  # noqa: N802
         answer = await self._handlers.heartbeat(
             HeartbeatArgs(
-                worker_id=request.worker_id,
+                worker_id=_own(request.worker_id, context),
                 task_id=request.task_id,
                 fence=request.fence,
                 steps=request.steps,
@@ -119,18 +128,20 @@ class CoordinatorService(pb_grpc.CoordinatorServicer):  # type: ignore[misc, unu
 
     async def Complete(self, request: Any, context: Any) -> Any:  # noqa: N802
         result = decode_result(request.result)
-        duplicate = await self._handlers.complete(request.worker_id, request.task_id, request.fence, result)
+        worker_id = _own(request.worker_id, context)
+        duplicate = await self._handlers.complete(worker_id, request.task_id, request.fence, result)
         return pb.CompleteReply(duplicate=duplicate)
 
     async def SaveProgress(self, request: Any, context: Any) -> Any:  # noqa: N802
         checkpoint = decode_checkpoint(request.checkpoint)
-        kept = await self._handlers.save_progress(request.worker_id, request.task_id, request.fence, checkpoint)
+        worker_id = _own(request.worker_id, context)
+        kept = await self._handlers.save_progress(worker_id, request.task_id, request.fence, checkpoint)
         return pb.SaveProgressReply(kept=kept)
 
     async def Release(self, request: Any, context: Any) -> Any:  # noqa: N802
         await self._handlers.release(
             ReleaseArgs(
-                worker_id=request.worker_id,
+                worker_id=_own(request.worker_id, context),
                 task_id=request.task_id,
                 fence=request.fence,
                 reason=one_line(request.reason),
@@ -176,6 +187,7 @@ class BlobService(pb_grpc.BlobExchangeServicer):  # type: ignore[misc, unused-ig
         if opening is None or not opening.header:
             raise MalformedMessage("an upload starts with its header; this stream does not")
         header = decode_header(opening.header)
+        _own(header.worker_id, context)
         sink = await self._handlers.begin_upload(header)
         finished = False
         try:

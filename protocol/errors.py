@@ -41,6 +41,10 @@ class Banned(NotAllowed):
     """The worker sent a wrong result and is no longer let in; the evidence is kept in the run directory."""
 
 
+class Forbidden(NotAllowed):
+    """The caller is known and shut out: its certificate is revoked, or the worker id belongs to another one."""
+
+
 class RejectedTensor(ValueError):
     """Tensors that are not the declared ones: names, shapes, dtypes, or not finite."""
 
@@ -70,6 +74,7 @@ STATUS_OF: dict[type[Exception], str] = {
     UnknownWorker: "NOT_FOUND",
     NotAllowed: "UNAUTHENTICATED",
     Banned: "PERMISSION_DENIED",
+    Forbidden: "PERMISSION_DENIED",
     MalformedMessage: "INVALID_ARGUMENT",
     RejectedTensor: "INVALID_ARGUMENT",
     CorruptBlob: "DATA_LOSS",

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from coordinator.handlers import HeartbeatAnswer, HeartbeatArgs, HelloAnswer, HelloArgs, LeaseAnswer, ReleaseArgs
+from coordinator.ownership import new_worker_id
 from coordinator.server import RunningServer, start_server
 from protocol.address import Address
 from protocol.errors import CorruptBlob, StaleLease, UnknownBlob, UnknownTask, UnknownWorker
@@ -84,7 +85,8 @@ class BookHandlers:
 
     async def hello(self, args: HelloArgs) -> HelloAnswer:
         self.calls.append(args)
-        worker_id = args.worker_id or f"worker-{len(self.workers)}"
+        fresh = new_worker_id(len(self.workers), args.identity) if args.identity else f"worker-{len(self.workers)}"
+        worker_id = args.worker_id or fresh
         self.workers.add(worker_id)
         return HelloAnswer(worker_id, "test run", '{"name": "test run"}', 2.0)
 

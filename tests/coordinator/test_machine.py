@@ -17,7 +17,7 @@ from coordinator.decisions import Decision
 from coordinator.machine import Machine, referenced_digests
 from coordinator.plan import Plan
 from coordinator.state import State, Task
-from protocol.errors import RejectedTensor, StaleLease, UnknownTask, UnknownWorker
+from protocol.errors import Forbidden, RejectedTensor, StaleLease, UnknownTask, UnknownWorker
 from protocol.tasks import BlobRef, Capabilities, Checkpoint, TaskResult, TrainSpec
 
 OFFER = Capabilities(devices=["cpu"], memory_bytes=10**10, threads=1, fingerprint="a")
@@ -494,6 +494,18 @@ def until_training(driver: Driver, stage: str = "") -> str:
             return worker
         driver.complete(worker, task)
     raise AssertionError("no TRAIN task came")
+
+
+def test_a_worker_is_known_by_its_certificate_and_else_by_its_name() -> None:
+    driver = Driver(make_config())
+    leases = driver.machine.leases
+    plain, certified = driver.hello("host:1"), leases.register("", "host:2", OFFER, driver.now, "alice")
+    assert [driver.machine.state.workers[each].identity for each in (plain, certified)] == ["host:1", "alice"]
+    assert leases.register(certified, "host:3", OFFER, driver.now, "alice") == certified
+    for taken in (plain, certified):
+        with pytest.raises(Forbidden):
+            leases.register(taken, "host:4", OFFER, driver.now, "mallory")
+    assert driver.machine.state.workers[certified].identity == "alice"
 
 
 def test_a_worker_with_too_little_memory_is_told_so() -> None:
