@@ -354,6 +354,8 @@ class Execution(Section):
     keep_versions: Annotated[int, Field(ge=1)] = 2
     max_attempts: PositiveInt = 3
     low_disk_bytes: Annotated[int, Field(ge=0)] = 64 * 1024**2
+    log_bytes: Annotated[int, Field(ge=4096)] = 64 * 1024**2
+    log_files: Annotated[int, Field(ge=2)] = 8
 
     @model_validator(mode="after")
     def _leases_outlast_heartbeats(self) -> Execution:

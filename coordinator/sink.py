@@ -17,7 +17,7 @@ from typing import BinaryIO
 
 from coordinator.expected import ExpectedOutput
 from model.store import fsync_path
-from protocol.errors import DiskFull, StaleLease
+from protocol.errors import StaleLease, WaitingForRoom
 from protocol.tasks import MalformedMessage
 from protocol.tensors import UploadHeader
 
@@ -33,12 +33,12 @@ class SinkFiles:
 
 @contextlib.contextmanager
 def disk_full_by_name() -> Iterator[None]:
-    """Turn the system's 'no space' into DiskFull."""
+    """Turn the system's 'no space' into WaitingForRoom, which is a DiskFull that the peer tries again."""
     try:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise DiskFull(error.errno, "no room for an upload; free some space in the run directory") from None
+            raise WaitingForRoom("no room for an upload; free some space in the run directory") from None
         raise
 
 

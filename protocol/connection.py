@@ -16,7 +16,7 @@ import grpc
 
 from protocol.address import Address
 from protocol.channel import call_metadata, open_channel
-from protocol.errors import Unavailable, from_rpc_error
+from protocol.errors import Unavailable, WaitingForRoom, from_rpc_error
 from protocol.joinfile import JoinFile
 from protocol.patience import Patience
 
@@ -68,11 +68,11 @@ class Connection:
         return self.patiently(lambda: self.once(method, request, deadline_s), self.patience(patience_s))
 
     def patiently(self, attempt: Callable[[], T], patience: Patience) -> T:
-        """The attempt's result; while nobody answers it is made again, as long as patience lasts."""
+        """The attempt's result; while nobody answers, or has no room, it is made again, as long as patience lasts."""
         while True:
             try:
                 result = attempt()
-            except Unavailable as error:
+            except (Unavailable, WaitingForRoom) as error:
                 wait_s = patience.next_wait_s(time.monotonic())
                 if wait_s is None or self._closed.is_set():
                     raise

@@ -57,8 +57,12 @@ class DiskFull(OSError):
     """There is no room for the bytes where they should be kept."""
 
 
+class WaitingForRoom(DiskFull):
+    """The coordinator's disk is full for now. Nothing was changed; the same call is worth making again."""
+
+
 class Unavailable(ConnectionError):
-    """Nobody answers at the address, or not in time. The only refusal that is worth the same call again."""
+    """Nobody answers at the address, or not in time. The same call is worth making again."""
 
 
 class RemoteFailure(RuntimeError):
@@ -79,6 +83,7 @@ STATUS_OF: dict[type[Exception], str] = {
     RejectedTensor: "INVALID_ARGUMENT",
     CorruptBlob: "DATA_LOSS",
     DiskFull: "RESOURCE_EXHAUSTED",
+    WaitingForRoom: "RESOURCE_EXHAUSTED",
     Unavailable: "UNAVAILABLE",
     RemoteFailure: "INTERNAL",
 }
@@ -113,7 +118,8 @@ class Refusal:
 def refusal_of(error: Exception) -> Refusal | None:
     """How the exception travels; None where the table does not know it."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        error = DiskFull(f"no space is left on the device: {error.filename or 'at the receiving side'}")
+        if not isinstance(error, DiskFull):
+            error = WaitingForRoom(f"no space is left on the device: {error.filename or 'at the receiving side'}")
     for kind in type(error).__mro__:
         if kind in STATUS_OF:
             return Refusal(STATUS_OF[kind], kind.__name__, one_line(str(error)))

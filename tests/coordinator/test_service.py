@@ -201,7 +201,7 @@ def test_a_failing_disk_is_told_by_name(stubs: Stubs) -> None:
     assert caught.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
     assert "no space is left" in (caught.value.details() or "")
     trailer: Any = caught.value.trailing_metadata()
-    assert dict(trailer)["dipaco-error"] == "DiskFull"
+    assert dict(trailer)["dipaco-error"] == "WaitingForRoom"
 
 
 def test_the_wait_for_a_lease_is_bounded(stubs: Stubs) -> None:

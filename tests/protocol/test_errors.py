@@ -66,7 +66,7 @@ def test_what_is_not_in_the_table_has_no_status() -> None:
 def test_a_full_disk_is_recognised() -> None:
     refusal = refusal_of(OSError(errno.ENOSPC, "No space left on device", "spool/x"))
     assert refusal is not None
-    assert (refusal.name, "spool/x" in refusal.message) == ("DiskFull", True)
+    assert (refusal.name, "spool/x" in refusal.message) == ("WaitingForRoom", True)
     assert issubclass(DiskFull, OSError)
 
 
