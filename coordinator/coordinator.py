@@ -9,19 +9,18 @@ from __future__ import annotations
 import asyncio
 import errno
 import random
-import shutil
 import sqlite3
 import time
-from collections import Counter
-from collections.abc import Callable, Collection, Coroutine, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Coroutine, Iterable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from configs.schema import Config
-from coordinator.decisions import Decision, StepDue
+from coordinator.decisions import Decision, Lease, StepDue
 from coordinator.executor import Executor
+from coordinator.garbage import Garbage
 from coordinator.handlers import (
     HeartbeatAnswer,
     HeartbeatArgs,
@@ -35,13 +34,15 @@ from coordinator.jobs import Jobs
 from coordinator.journal import Journal, RunUnusable
 from coordinator.machine import CHECKPOINT, Machine
 from coordinator.plan import Plan
+from coordinator.references import blobs_in
+from coordinator.room import Room
 from coordinator.spool import Spool
 from coordinator.state import Standing, State, Task
 from coordinator.status import Tally, status_of
 from coordinator.traffic import Traffic
 from coordinator.uploads import Upload
 from model.store import BlobStore
-from protocol.errors import DiskFull, UnknownBlob
+from protocol.errors import UnknownBlob, WaitingForRoom
 from protocol.tasks import BlobRef, Checkpoint, TaskResult
 from protocol.tensors import UploadHeader
 
@@ -72,7 +73,9 @@ class Coordinator:
         self._changed = asyncio.Event()
         self._busy: set[object] = set()
         self._overdue: set[str] = set()
-        self._landing: Counter[str] = Counter()
+        self._garbage = Garbage(self._store, self._machine)
+        self._room = Room(run_dir, config.execution.low_disk_bytes)
+        self._told_of_waiting = False
         self._awaited_until = 0.0
         self._background: set[asyncio.Task[None]] = set()
         self._step_slots = asyncio.Semaphore(PARALLEL_STEPS)
@@ -90,6 +93,7 @@ class Coordinator:
 
     def open(self) -> None:
         """Begin the run, or go on where its journal ends; raises RunUnusable where blobs are missing."""
+        self._room.look()
         for metric in self._journal.metrics():
             self._tally.add(metric)
         if not self._machine.state.stages:
@@ -132,18 +136,37 @@ class Coordinator:
         return {ref.digest for ref in refs if ref is not None}
 
     async def tick(self) -> None:
-        """Watch over leases until the run is finished or paused."""
-        self._dispatch()
+        """Watch over leases, and over the room on the disk, until the run is finished or paused."""
+        looked_s = time.monotonic()
         while not (self.finished or self.paused):
-            self._check_room()
-            decision = self._machine.leases.expire(time.monotonic())
-            for row in decision.rows:
-                if isinstance(row, Task):
-                    self.say(f"task {row.task_id} is available again: its lease ran out")
+            now = time.monotonic()
+            if self._has_room(now - looked_s):
+                self._expire(now)
+                self._tell_of_overdue()
+            looked_s = now
+            await self._sleep(TICK_S)
+
+    def _expire(self, now: float) -> None:
+        decision = self._machine.leases.expire(now)
+        with suppress(WaitingForRoom):  # they are over all the same, at the next look
             if decision.rows:
                 self._commit(decision)
-            self._tell_of_overdue()
-            await self._sleep(TICK_S)
+                for row in decision.rows:
+                    if isinstance(row, Task):
+                        self.say(f"task {row.task_id} is available again: its lease ran out")
+
+    def _has_room(self, elapsed_s: float) -> bool:
+        """Whether the run goes on. While it waits no lease runs out; when there is room it goes on where it was."""
+        waiting = self._room.look()
+        if bool(waiting) != self._told_of_waiting:
+            self._told_of_waiting = bool(waiting)
+            self.say(waiting or "there is room again; the run goes on")
+            self._wake()
+        if waiting:
+            self._machine.leases.prolong(elapsed_s)
+        else:
+            self._dispatch()
+        return not waiting
 
     def _tell_of_overdue(self) -> None:
         """Wake waiting workers where a task has become worth a second holder."""
@@ -155,16 +178,6 @@ class Coordinator:
     def _wake(self) -> None:
         self._changed.set()
         self._changed = asyncio.Event()
-
-    def _check_room(self) -> None:
-        """Stop before the disk is full, while everything can still be written."""
-        free = shutil.disk_usage(self.run_dir).free
-        if free < self.config.execution.low_disk_bytes:
-            raise DiskFull(
-                errno.ENOSPC,
-                f"only {free / 1e6:.0f} MB are free at {self.run_dir}, less than execution.low_disk_bytes "
-                f"({self.config.execution.low_disk_bytes / 1e6:.0f} MB); make room and start again",
-            )
 
     async def farewell(self) -> None:
         """Give workers the time to hear that the run is finished."""
@@ -196,24 +209,25 @@ class Coordinator:
         for metric in decision.metrics:
             self._tally.add(metric)
         self._machine.apply(decision)
-        self._let_go(decision.obsolete)
+        self._garbage.let_go(decision.obsolete)
         self._wake()
         self._dispatch()
 
-    def _let_go(self, digests: Collection[str]) -> None:
-        """Delete those blobs that no row needs and that are not on their way into one."""
-        if digests:
-            for digest in set(digests) - self._machine.referenced() - self._landing.keys():
-                self._store.delete(digest)
-
     def _store_durably(self, decision: Decision) -> None:
-        """One transaction; where it cannot be written the process ends, and a restart goes on from before it."""
+        """One transaction. Raises WaitingForRoom, with leases as they were, where there is no room for it now.
+
+        Where it cannot be written for another reason the process ends, and a restart goes on from before it.
+        """
         if not (decision.rows or decision.metrics):
             return
         try:
             self._journal.commit(decision.rows, decision.metrics)
         except sqlite3.OperationalError as error:
-            self._fail(DiskFull(errno.ENOSPC, f"{self.run_dir} cannot be written ({error}); make room and start again"))
+            if self._room.lacked_by(error):
+                self._room.refused()
+                self._machine.leases.reconcile(time.monotonic())
+                raise WaitingForRoom(self._room.waiting) from None
+            self._fail(OSError(errno.EIO, f"{self.run_dir} cannot be written ({error}); mend that and start again"))
             raise
 
     def _fail(self, error: Exception) -> None:
@@ -222,7 +236,7 @@ class Coordinator:
 
     def _dispatch(self) -> None:
         """Start the coordinator's own work that is ready: local tasks and module steps."""
-        if self.paused:
+        if self.paused or self._room.waiting:
             return
         for task in self._machine.local_tasks():
             self._start(task.task_id, self._run_local(task))
@@ -240,44 +254,61 @@ class Coordinator:
         task.add_done_callback(lambda _: work.close())  # a task cancelled before it began leaves its work unawaited
 
     async def _guard(self, key: object, work: Coroutine[Any, Any, None]) -> None:
-        """A person's mistake pauses the run; anything else ends the process, and a restart goes on from the journal."""
+        """Work that found no room is begun again when there is some; nothing of it counts."""
         try:
             await work
-        except ValueError as error:
-            if type(error) is ValueError:  # a library's, not one of the refusals that our packages declare
-                self._fail(error)
-            else:
-                self._commit(self._machine.pause(str(error)))
         except Exception as error:
-            self._fail(error)
+            with suppress(WaitingForRoom):
+                self._stop_for(error)
         finally:
             self._busy.discard(key)
             self._dispatch_soon()
+
+    def _stop_for(self, error: Exception) -> None:
+        """A person's mistake pauses the run; anything else ends the process, and a restart goes on from the journal."""
+        if self._room.lacked_by(error):
+            self._room.refused()
+        elif isinstance(error, ValueError) and type(error) is not ValueError:
+            self._commit(self._machine.pause(str(error)))
+        else:  # a bare ValueError is a library's, not one of the refusals that our packages declare
+            self._fail(error)
 
     def _dispatch_soon(self) -> None:
         asyncio.get_running_loop().call_soon(self._dispatch)
 
     async def _run_local(self, task: Task) -> None:
-        result = await asyncio.to_thread(self._jobs.run, task, self._machine.state.copy())
+        state = self._machine.state.copy()
+        result = await asyncio.to_thread(self._jobs.run, task, state)
+        if not self._holds(blobs_in(result)):
+            result = await asyncio.to_thread(self._jobs.run, task, state)
         self._commit(self._machine.local_done(task, result, time.time()))
 
     async def _run_step(self, due: StepDue) -> None:
         """Step one module on its contributions, durably, then publish the version."""
         async with self._step_slots:
-            outer = self._plan.outer(due.model)
-            outcome = await asyncio.to_thread(
-                self._executor.step,
-                (due.model, due.module.module_id),
-                due.module.version,
-                self._plan.module_spec(self._machine.state, due.model, due.module.module_id),
-                self._store.path(due.module.params.digest),
-                None if due.module.momentum is None else self._store.path(due.module.momentum.digest),
-                [(weight, self._store.path(ref.digest)) for _, weight, ref in due.contributions],
-                outer,
-            )
+            params, momentum = await asyncio.to_thread(self._step, due)
+            if not self._holds([params, momentum]):
+                params, momentum = await asyncio.to_thread(self._step, due)
+        self._commit(self._machine.module_stepped(due, params, momentum, time.time()))
+
+    def _holds(self, blobs: Iterable[BlobRef | None]) -> bool:
+        """Whether what was stored is still there: equal bytes may have been let go while nothing referred to it."""
+        return all(self._store.has(blob.digest) for blob in blobs if blob is not None)
+
+    def _step(self, due: StepDue) -> tuple[BlobRef, BlobRef | None]:
+        """The new version and outer momentum of a module, durable in the store; blocks on files."""
+        outcome = self._executor.step(
+            (due.model, due.module.module_id),
+            due.module.version,
+            self._plan.module_spec(self._machine.state, due.model, due.module.module_id),
+            self._store.path(due.module.params.digest),
+            None if due.module.momentum is None else self._store.path(due.module.momentum.digest),
+            [(weight, self._store.path(ref.digest)) for _, weight, ref in due.contributions],
+            self._plan.outer(due.model),
+        )
         params = BlobRef(digest=outcome.params[0], size=outcome.params[1])
         momentum = outcome.momentum and BlobRef(digest=outcome.momentum[0], size=outcome.momentum[1])
-        self._commit(self._machine.module_stepped(due, params, momentum, time.time()))
+        return params, momentum
 
     async def _sleep(self, seconds: float) -> None:
         """Wait for a change, at most `seconds`."""
@@ -300,9 +331,7 @@ class Coordinator:
     async def lease(self, worker_id: str, wait_s: float, cached_digests: frozenset[str]) -> LeaseAnswer:
         until = time.monotonic() + min(wait_s, MAX_WAIT_S)
         while True:
-            lease = self._machine.leases.lease(worker_id, cached_digests, time.monotonic())
-            self._store_durably(lease.decision)
-            self._machine.apply(lease.decision)
+            lease = self._lease_now(worker_id, cached_digests)
             if lease.task is not None:
                 return LeaseAnswer(
                     lease.task.task_id,
@@ -317,6 +346,20 @@ class Coordinator:
                 return LeaseAnswer(waiting_for=lease.waiting_for, finished=lease.finished)
             await self._sleep(remaining)
 
+    def _lease_now(self, worker_id: str, cached_digests: frozenset[str]) -> Lease:
+        """The decision on a lease, stored; none is handed out while there is no room for its outputs."""
+        now = time.monotonic()
+        try:
+            if not self.finished:
+                self._machine.leases.known(worker_id, now)
+                self._room.require()
+            lease = self._machine.leases.lease(worker_id, cached_digests, now)
+            self._store_durably(lease.decision)
+        except WaitingForRoom as error:
+            return Lease(waiting_for=str(error))
+        self._machine.apply(lease.decision)
+        return lease
+
     async def heartbeat(self, args: HeartbeatArgs) -> HeartbeatAnswer:
         lost, lease_s = self._machine.leases.heartbeat(
             args.worker_id, args.task_id, args.fence, args.steps, args.loss, args.tokens, time.monotonic()
@@ -327,11 +370,12 @@ class Coordinator:
         if self._journal.has_metric(task_id):
             return True
         task = self._machine.leases.held_task(task_id, fence, worker_id)
-        with self._landed(ref.digest for ref in result.outputs.values()):
-            await asyncio.to_thread(self._spool.commit, task_id, fence, result.outputs)
-            if self._journal.has_metric(task_id):
-                return True
-            self._count_outputs(worker_id, task_id, fence, result)
+        self._garbage.landing_of_task(task_id, [ref.digest for ref in result.outputs.values()])
+        await asyncio.to_thread(self._spool.commit, task_id, fence, result.outputs)
+        if self._journal.has_metric(task_id):
+            self._garbage.let_go()
+            return True
+        self._count_outputs(worker_id, task_id, fence, result)
         await asyncio.to_thread(self._spool.discard, task_id)
         if task.kind == "TRAIN":
             self._accumulate(task, result.outputs)
@@ -343,16 +387,6 @@ class Coordinator:
         if not any(isinstance(row, Standing) for row in decision.rows):
             decision = replace(decision, rows=(*decision.rows, self._machine.state.standing))
         self._commit(decision)
-
-    @contextmanager
-    def _landed(self, digests: Iterable[str]) -> Iterator[None]:
-        """Outputs on their way into the store: another decision that lets go of equal bytes must not delete them."""
-        landing = Counter(digests)
-        self._landing += landing
-        try:
-            yield
-        finally:
-            self._landing -= landing
 
     def _accumulate(self, task: Task, outputs: dict[str, BlobRef]) -> None:
         """Let the executor add the contributions of a task to the sums of its modules while others still train."""
@@ -370,12 +404,12 @@ class Coordinator:
         self._machine.leases.held_task(task_id, fence, worker_id)
         digest = checkpoint.blob.digest
         try:
-            with self._landed([digest]):
+            with self._garbage.landing([digest]):
                 await asyncio.to_thread(self._spool.commit, task_id, fence, {CHECKPOINT: checkpoint.blob})
                 decision = self._machine.save_progress(worker_id, task_id, fence, checkpoint, time.monotonic())
                 self._commit(decision)
         finally:
-            self._let_go([digest])
+            self._garbage.let_go([digest])
         return bool(decision.rows)
 
     async def release(self, args: ReleaseArgs) -> None:
@@ -387,7 +421,8 @@ class Coordinator:
         self._commit(decision)
 
     async def status(self) -> dict[str, Any]:
-        return status_of(self._plan, self._machine.state, self._tally, time.monotonic())
+        status = status_of(self._plan, self._machine.state, self._tally, time.monotonic())
+        return {**status, "waiting": self._room.waiting}
 
     async def blob_path(self, digest: str) -> Path:
         if not self._store.has(digest):
@@ -402,5 +437,6 @@ class Coordinator:
 
     async def begin_upload(self, header: UploadHeader) -> UploadSink:
         task = self._machine.leases.held_task(header.task_id, header.fence, header.worker_id)
+        self._room.require()
         expected = self._machine.accepted_uploads(task)
         return await asyncio.to_thread(Upload, self._spool, header, expected, self._traffic)

@@ -50,6 +50,27 @@ class Leases:
         ends_s = now + self.execution.lease_s
         self.state.lifelines[task.task_id, holder.fence] = Lifeline(ends_s, ends_s, now, now)
 
+    def prolong(self, seconds: float) -> None:
+        """The run stood still for so long: no lease ends, or is overdue, for that."""
+        for lifeline in self.state.lifelines.values():
+            lifeline.ends_s += seconds
+            lifeline.overdue_s += seconds
+
+    def reconcile(self, now: float) -> None:
+        """Leases and workers are again what the rows say, after a decision that could not be stored."""
+        live = {
+            (task.task_id, holder.fence): (task, holder)
+            for task in self.state.tasks.values()
+            for holder in task.holders
+        }
+        for key in self.state.lifelines.keys() - live.keys():
+            del self.state.lifelines[key]
+        for key in live.keys() - self.state.lifelines.keys():
+            self._begin(*live[key], now)
+        held = {holder.worker_id: task.task_id for task, holder in live.values()}
+        for worker in self.state.workers.values():
+            worker.task_id = held.get(worker.worker_id, "")
+
     def forget(self, task: Task) -> None:
         """No lease of the task is live any more."""
         for holder in task.holders:

@@ -16,6 +16,7 @@ from coordinator.decisions import Decision, StepDue
 from coordinator.expected import ExpectedOutput
 from coordinator.leases import Leases
 from coordinator.plan import TRAINING, Plan
+from coordinator.references import Referenced, digests_in
 from coordinator.stage_steps import StageSteps
 from coordinator.state import Module, Row, Shard, Stage, State, Task, Worker
 from protocol.errors import RejectedTensor
@@ -51,6 +52,7 @@ class Machine:
         self.state = state
         self.steps = StageSteps(plan)
         self.leases = Leases(plan, state, random_generator)
+        self._referenced = Referenced()
 
     # --- opening and advancing --------------------------------------------------------------------------------------
 
@@ -76,7 +78,7 @@ class Machine:
             pass
         closed = [row.name for row in draft.rows.values() if isinstance(row, Stage) and row.status == "done"]
         over = [task for task in draft.view().tasks.values() if task.stage in closed]
-        left = {digest for task in over for digest in _digests_of_task(task)}
+        left = {digest for task in over for digest in digests_in(task)}
         return Decision(
             tuple(draft.rows.values()), metrics, (*obsolete, *sorted(left)), tuple(task.task_id for task in over)
         )
@@ -176,7 +178,7 @@ class Machine:
         if checkpoint.steps >= steps:
             raise RejectedTensor(f"task {task_id} has {steps} steps; a checkpoint of {checkpoint.steps} is none of it")
         kept = task.checkpoint
-        if kept is not None and kept.steps >= checkpoint.steps:
+        if task.independent or (kept is not None and kept.steps >= checkpoint.steps):
             return Decision()
         return Decision((replace(task, checkpoint=checkpoint),), obsolete=(kept.blob.digest,) if kept else ())
 
@@ -304,36 +306,4 @@ class Machine:
 
     def referenced(self) -> set[str]:
         """Digests that some row needs; everything else in the store is garbage."""
-        return referenced_digests(self.state)
-
-
-def referenced_digests(state: State) -> set[str]:
-    """Every digest that stands in a row."""
-    refs: list[BlobRef | None] = []
-    for module in state.modules.values():
-        refs += [module.params, module.momentum, *module.history]
-    for shard in state.shards.values():
-        refs += [shard.manifest, shard.inner_state, *shard.files]
-    digests = {ref.digest for ref in refs if ref is not None}
-    for task in state.tasks.values():
-        digests |= _digests_of_task(task)
-    for stage in state.stages.values():
-        digests |= _digests_in(stage.result)
-    return digests
-
-
-def _digests_of_task(task: Task) -> set[str]:
-    outputs = {ref.digest for ref in task.outputs.values()}
-    if task.checkpoint is not None:
-        outputs.add(task.checkpoint.blob.digest)
-    return outputs | _digests_in(task.spec) | _digests_in(task.result)
-
-
-def _digests_in(value: Any) -> set[str]:
-    if isinstance(value, str):
-        return {value} if len(value) == 64 and all(c in "0123456789abcdef" for c in value) else set()
-    if isinstance(value, dict):
-        return set().union(*(_digests_in(item) for item in value.values())) if value else set()
-    if isinstance(value, list | tuple):
-        return set().union(*(_digests_in(item) for item in value)) if value else set()
-    return set()
+        return self._referenced.digests(self.state)

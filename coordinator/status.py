@@ -4,7 +4,7 @@ Keys of a status: `run`, `stage` (names running), `stages` [name, kind, status, 
 `workers` [id, name, task, steps, steps_total, loss, tokens_per_s, last_seen_s], `tasks` {ready, leasable, leased,
 done}, `losses` {path id: mean loss of its latest task}, `baseline_losses` {model: the same}, `tokens`, `steps` (in the
 weights), `bytes` {modules, outer_gradients, inner_state, checkpoints, other}, `eta_s` (None while unknown), `finished`,
-`paused`.
+`paused`, `waiting` (for room on the disk, in one sentence).
 """
 
 from __future__ import annotations
@@ -75,6 +75,7 @@ def status_of(plan: Plan, state: State, tally: Tally, now: float) -> dict[str, A
         "eta_s": _remaining_s(plan, state, tally),
         "finished": state.standing.finished,
         "paused": state.standing.paused,
+        "waiting": "",
     }
 
 

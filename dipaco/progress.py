@@ -46,7 +46,7 @@ class PlainLines:
         pass
 
     def show(self, status: Status) -> None:
-        place, now = (status["stage"], status["phase"]), time.monotonic()
+        place, now = (status["stage"], status["phase"], bool(status.get("waiting"))), time.monotonic()
         if place != self._place or now - self._said_s >= self._period_s:
             self._place, self._said_s = place, now
             self.say(summary(status))
@@ -98,6 +98,8 @@ def summary(status: Status) -> str:
         parts.append(status["faults"])
     if status["eta_s"] is not None and not status["finished"]:
         parts.append(f"about {duration(status['eta_s'])} of training left")
+    if status.get("waiting"):
+        parts.append(status["waiting"])
     if status["paused"]:
         parts.append(f"PAUSED: {status['paused']}")
     return " | ".join(parts)
@@ -142,6 +144,8 @@ def panel(status: Status) -> Any:
         parts.append(Text(f"about {duration(status['eta_s'])} of training left"))
     if "faults" in status:
         parts.append(Text(status["faults"]))
+    if status.get("waiting"):
+        parts.append(Text(status["waiting"], style="bold yellow"))
     if status["paused"]:
         parts.append(Text(f"paused: {status['paused']}", style="bold red"))
     phase = f", phase {status['phase']} of {status['num_phases']}" if status["num_phases"] else ""

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 
 from configs.schema import Config
 from coordinator.decisions import Decision
-from coordinator.machine import Machine, referenced_digests
+from coordinator.machine import Machine
 from coordinator.plan import Plan
+from coordinator.references import referenced_digests
 from coordinator.state import State, Task
 from protocol.errors import Forbidden, RejectedTensor, StaleLease, UnknownTask, UnknownWorker
 from protocol.tasks import BlobRef, Capabilities, Checkpoint, TaskResult, TrainSpec
