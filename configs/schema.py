@@ -353,6 +353,10 @@ class Execution(Section):
     cache_bytes: PositiveInt = 20 * 1024**3
     keep_versions: Annotated[int, Field(ge=1)] = 2
     max_attempts: PositiveInt = 3
+    # Keep the partial progress of TRAIN tasks, as often as its measured cost allows (at most 5 % of a task's time).
+    checkpoints: bool = True
+    # Seconds from SIGTERM until a worker must be gone, unless it was started with --grace-s.
+    grace_s: Annotated[float, Field(ge=0)] = 10.0
     low_disk_bytes: Annotated[int, Field(ge=0)] = 64 * 1024**2
     log_bytes: Annotated[int, Field(ge=4096)] = 64 * 1024**2
     log_files: Annotated[int, Field(ge=2)] = 8

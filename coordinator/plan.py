@@ -194,7 +194,7 @@ class Plan:
             order_seed=self.order_seed(model, shard.shard),
             outer=self.outer(model).kind,
             numerics=self.numerics,
-            resume=task.checkpoint,
+            resume=None if task.independent else task.checkpoint,
             required_bytes=train_bytes(
                 experiment.model,
                 self.vocab_size(state),

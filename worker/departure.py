@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-# Seconds after which a worker that was asked to leave lets go of calls that nobody answers.
+# Seconds after which a worker that was asked to leave before it joined lets go of calls that nobody answers.
 GRACE_S = 10.0
 # A terminal and a parent process may both pass on one request: within this time two signals are one.
 SAME_REQUEST_S = 2.0
@@ -27,6 +27,7 @@ class Departure:
 
     def __init__(self, let_go: Callable[[], None]) -> None:
         self.asked = threading.Event()
+        self.grace_s = GRACE_S
         self._let_go = let_go
         self._asked_at = 0.0
         self._waiting = False
@@ -47,7 +48,7 @@ class Departure:
         if not self.asked.is_set():
             self.asked.set()
             self._asked_at = time.monotonic()
-            timer = threading.Timer(GRACE_S, self._let_go)
+            timer = threading.Timer(self.grace_s, self._let_go)
             timer.daemon = True
             timer.start()
             if self._waiting and threading.current_thread() is threading.main_thread():

@@ -6,9 +6,10 @@ State at rest: float32 tensors `m.<tensor>` and `v.<tensor>`; the number of step
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from configs.schema import InnerConfig
@@ -62,28 +63,29 @@ class InnerOptimizer:
 
     def restore(self, path: Path, adam_step: int) -> None:
         """Continue from a state at rest after `adam_step` steps; raises TensorMismatch where it is another model's."""
-        flat = tensor_file.open_flat(path, self._specs())
-        offset = 0
-        moments: dict[str, torch.Tensor] = {}
-        for name, shape in self._specs():
-            count = int(torch.Size(shape).numel())
-            moments[name] = torch.from_numpy(flat[offset : offset + count].copy()).reshape(shape)
-            offset += count
+        self.load(tensor_file.read(path, self._specs()), adam_step)
+
+    def load(self, moments: Mapping[str, np.ndarray], adam_step: int) -> None:
+        """Continue from arrays `m.<tensor>` and `v.<tensor>` after `adam_step` steps; they are copied."""
         for name, parameter in self._parameters.items():
             self._adamw.state[parameter] = {
                 "step": torch.tensor(float(adam_step), dtype=torch.float32, device=parameter.device),
-                "exp_avg": moments[f"m.{name}"].to(parameter.device),
-                "exp_avg_sq": moments[f"v.{name}"].to(parameter.device),
+                "exp_avg": torch.tensor(moments[f"m.{name}"], device=parameter.device),
+                "exp_avg_sq": torch.tensor(moments[f"v.{name}"], device=parameter.device),
             }
+
+    def moments(self) -> Iterator[tuple[str, np.ndarray]]:
+        """`m.<tensor>` and `v.<tensor>` in the order of their names: views where the state lies in main memory."""
+        keys = {"m": "exp_avg", "v": "exp_avg_sq"}
+        for name, _ in self._specs():
+            moment, _, parameter = name.partition(".")
+            yield name, self._adamw.state[self._parameters[parameter]][keys[moment]].detach().cpu().numpy()
 
     def save(self, path: Path) -> tuple[str, int]:
         """Write the state durably; returns (SHA-256 hex, size in bytes)."""
-        keys = {"m": "exp_avg", "v": "exp_avg_sq"}
         with tensor_file.Writer(path, self._specs()) as writer:
-            for name, _ in self._specs():
-                moment, _, parameter = name.partition(".")
-                state = self._adamw.state[self._parameters[parameter]]
-                writer.append(state[keys[moment]].detach().cpu().contiguous().view(-1).numpy())
+            for _, values in self.moments():
+                writer.append(values)
             return writer.finish()
 
     def _specs(self) -> list[tuple[str, tuple[int, ...]]]:

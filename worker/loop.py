@@ -12,7 +12,7 @@ import socket
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,22 +20,27 @@ from typing import Protocol
 
 from configs.schema import Config, Experiment
 from protocol.address import parse_address
-from protocol.errors import WIRE_ERRORS, StaleLease, Unavailable
+from protocol.errors import WIRE_ERRORS, StaleLease, Unavailable, UnknownBlob
 from protocol.joinfile import JoinFile
-from protocol.tasks import Capabilities, TaskResult, TrainSpec
+from protocol.tasks import BlobRef, Capabilities, Checkpoint, TaskResult, TrainSpec
 from protocol.tensors import UploadHeader
 from worker.cache import BlobCache
+from worker.checkpoints import CHECKPOINT, Checkpoints
 from worker.client import Lease, Pulse, Welcome, WorkerClient
 from worker.departure import Departure, Leave
 from worker.heartbeat import Heartbeat, Say
-from worker.outcome import TaskOutcome, TaskStopped
+from worker.outcome import HandedBack, TaskOutcome, TaskStopped
+from worker.pace import Pace
 from worker.probe import capabilities
 from worker.task import AnySpec, inputs, is_input_of_later_tasks, run_task, upload_header
 from worker.workspace import Workspace
 
 LEASE_WAIT_S = 20.0
-# A task that would be over within this time is finished before the worker leaves.
-NEARLY_DONE_S = 5.0
+# A task whose steps would be over within this share of the grace is finished before the worker leaves: outputs take
+# the rest.
+NEARLY_DONE_SHARE = 0.5
+# How long a checkpoint is tried while nobody answers.
+CHECKPOINT_PATIENCE_S = 20.0
 # How long a worker that leaves tries to say so.
 FAREWELL_S = 3.0
 # Cached blobs of at least this size are worth preferring a task for.
@@ -55,6 +60,8 @@ class Coordinator(Protocol):
     ) -> Pulse: ...
 
     def complete(self, worker_id: str, task_id: str, fence: int, result: TaskResult) -> bool: ...
+
+    def save_progress(self, worker_id: str, task_id: str, fence: int, checkpoint: Checkpoint) -> bool: ...
 
     def release(self, worker_id: str, task_id: str, fence: int, reason: str = "", *, leaving: bool = False) -> None: ...
 
@@ -83,6 +90,7 @@ def run_worker(
     memory_bytes: int | None = None,
     insecure: bool = False,
     say: Say = say_with_time,
+    grace_s: float | None = None,
 ) -> int:
     """Work for the coordinator at `address` until its run is finished or a signal comes; returns the exit code, 0.
 
@@ -96,7 +104,7 @@ def run_worker(
         return WorkerClient(target, join_file, insecure=insecure, patience_s=patience_s, say=say)
 
     worker_name = name or f"{socket.gethostname()}:{os.getpid()}"
-    return Worker(connect, cache_dir, worker_name, capabilities(threads, memory_bytes), say).run()
+    return Worker(connect, cache_dir, worker_name, capabilities(threads, memory_bytes), say, grace_s).run()
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,14 +114,26 @@ class Joined:
     worker_id: str
     experiment: Experiment
     heartbeat_s: float
+    grace_s: float
     cache: BlobCache
+    pace: Pace | None
 
 
 class Worker:
     """One worker process: at most one lease at a time."""
 
-    def __init__(self, connect: Connect, cache_dir: Path, name: str, offers: Capabilities, say: Say) -> None:
+    def __init__(
+        self,
+        connect: Connect,
+        cache_dir: Path,
+        name: str,
+        offers: Capabilities,
+        say: Say,
+        grace_s: float | None = None,
+    ) -> None:
+        """`grace_s`: what this machine leaves a worker that must go; None: execution.grace_s of the run."""
         self._connect, self._cache_dir, self._name, self._offers, self._say = connect, cache_dir, name, offers, say
+        self._grace_s = grace_s
         self._client = connect(None)
         self._workspace = Workspace(cache_dir / "outputs")
         self.departure = Departure(self._client.close)
@@ -146,7 +166,11 @@ class Worker:
         config = Config.model_validate_json(welcome.config_json)
         self._say(f"joined run {welcome.run_name} as {welcome.worker_id} ({self._offers.fingerprint})")
         cache = BlobCache(self._cache_dir, config.execution.cache_bytes)
-        return Joined(welcome.worker_id, config.experiment, welcome.heartbeat_s, cache)
+        execution, beat_s = config.execution, welcome.heartbeat_s
+        grace_s = execution.grace_s if self._grace_s is None else self._grace_s
+        self.departure.grace_s = grace_s
+        pace = Pace(first_s=beat_s, least_s=beat_s / 2) if execution.checkpoints else None
+        return Joined(welcome.worker_id, config.experiment, beat_s, grace_s, cache, pace)
 
     def _work(self, joined: Joined) -> None:
         """Lease and run tasks until the run is finished; raises Leave."""
@@ -173,6 +197,10 @@ class Worker:
         client.close()
 
 
+class OutdatedSpec(Exception):
+    """The lease names a checkpoint that is there no more; asked for again, it names the one that replaced it."""
+
+
 class LeasedTask:
     """One task under one lease, from its inputs to its completion."""
 
@@ -183,13 +211,16 @@ class LeasedTask:
         self._departure, self._say = departure, say
         self._key = (joined.worker_id, lease.task_id, lease.fence)
         self._heartbeat = Heartbeat(self._beat, joined.heartbeat_s, WIRE_ERRORS, say)
+        self._side: Coordinator | None = None
 
     def run(self, workspace: Workspace, connect: Connect) -> None:
         """Do the task; a failure is reported and the worker goes on. Raises Leave where the worker leaves meanwhile."""
         out_dir = workspace.directory()
         try:
             with self._heartbeat:
-                self._do(out_dir)
+                self._do(out_dir, connect)
+        except OutdatedSpec as error:
+            self._say(f"{self._lease.task_id}: asked for again ({error})")
         except StaleLease as error:
             self._say(f"{self._lease.task_id}: dropped, its lease is lost ({error})")
         except TaskStopped:
@@ -205,11 +236,19 @@ class LeasedTask:
             self._joined.cache.release_all()
             shutil.rmtree(out_dir, ignore_errors=True)
 
-    def _do(self, out_dir: Path) -> None:
+    def _do(self, out_dir: Path, connect: Connect) -> None:
         begin = time.monotonic()
-        self._say(f"{self._lease.task_id}: started")
+        resume = self._spec.resume if isinstance(self._spec, TrainSpec) else None
+        self._say(f"{self._lease.task_id}: {f'goes on after step {resume.steps}' if resume else 'started'}")
         files, fetched = self._fetch()
-        outcome = run_task(self._spec, self._joined.experiment, files, out_dir, self._progress(begin))
+        checkpoints = self._checkpoints(out_dir, connect, files)
+        try:
+            outcome = run_task(self._spec, self._joined.experiment, files, out_dir, self._progress(), checkpoints)
+        finally:
+            checkpoints.end()
+            if self._side is not None:
+                self._side.close()
+            checkpoints.wait(1.0)
         sent = sum(self._upload(name, outcome) for name in sorted(outcome.files))
         result = outcome.result.model_copy(update={"fetched_bytes": fetched})
         self._client.complete(*self._key, result)
@@ -227,15 +266,39 @@ class LeasedTask:
         for what, blobs in inputs(self._spec).items():
             for blob in blobs:
                 with self._departure.cuts_short():
-                    files[blob.digest], arrived = self._joined.cache.hold(blob, self._client.fetch_to)
+                    files[blob.digest], arrived = self._hold(what, blob)
                 fetched[what] += arrived
                 if self._heartbeat.lost.is_set():
                     raise TaskStopped
         return files, dict(fetched)
 
-    def _progress(self, begin: float) -> Callable[[int, float, int], None]:
+    def _hold(self, what: str, blob: BlobRef) -> tuple[Path, int]:
+        try:
+            return self._joined.cache.hold(blob, self._client.fetch_to)
+        except UnknownBlob as error:
+            if what == "checkpoints":  # another holder of the task has got farther meanwhile
+                raise OutdatedSpec(error) from None
+            raise
+
+    def _checkpoints(self, out_dir: Path, connect: Connect, files: Mapping[str, Path]) -> Checkpoints:
+        """Where the partial progress of the task goes, by a connection that can be let go of alone."""
+
+        def send(path: Path, checkpoint: Checkpoint) -> None:
+            self._side = self._side or connect(CHECKPOINT_PATIENCE_S)
+            self._side.upload(path, self._header(CHECKPOINT, path, checkpoint.blob))
+            self._side.save_progress(*self._key, checkpoint)
+
+        resume = self._spec.resume if isinstance(self._spec, TrainSpec) else None
+        resume_path = files[resume.blob.digest] if resume else None
+        return Checkpoints(
+            send, self._joined.pace, out_dir, self._say, resume_path=resume_path, grace_s=self._joined.grace_s
+        )
+
+    def _progress(self) -> Callable[[int, float, int], None]:
         """The callback between steps: tells the heartbeat, stops a task that is lost or that a leaving worker drops."""
-        total = self._spec.steps if isinstance(self._spec, TrainSpec) else 0
+        total, resumed = 0, 0
+        if isinstance(self._spec, TrainSpec):
+            total, resumed = self._spec.steps, self._spec.resume.steps if self._spec.resume else 0
         computing = time.monotonic()
 
         def progress(steps: int, loss: float, tokens: int) -> None:
@@ -243,16 +306,19 @@ class LeasedTask:
             if self._heartbeat.lost.is_set():
                 raise TaskStopped
             if self._departure.asked.is_set():
-                left_s = (time.monotonic() - computing) / steps * (total - steps)
-                if not 0 <= left_s <= NEARLY_DONE_S:
-                    raise TaskStopped
+                left_s = (time.monotonic() - computing) / (steps - resumed) * (total - steps)
+                if not 0 <= left_s <= NEARLY_DONE_SHARE * self._joined.grace_s:
+                    raise HandedBack
 
         return progress
 
     def _upload(self, name: str, outcome: TaskOutcome) -> int:
-        blob, path = outcome.result.outputs[name], outcome.files[name]
+        path = outcome.files[name]
+        return self._client.upload(path, self._header(name, path, outcome.result.outputs[name]))
+
+    def _header(self, name: str, path: Path, blob: BlobRef) -> UploadHeader:
         header = upload_header(self._lease.task_id, self._lease.fence, self._spec, name, path, blob)
-        return self._client.upload(path, header.model_copy(update={"worker_id": self._joined.worker_id}))
+        return header.model_copy(update={"worker_id": self._joined.worker_id})
 
     def _keep(self, outcome: TaskOutcome) -> None:
         """Outputs that later tasks read stay in the cache, if there is room."""

@@ -18,6 +18,10 @@ class TaskStopped(Exception):
     """The task was given up between steps: its lease is lost, or the worker leaves."""
 
 
+class HandedBack(TaskStopped):
+    """The worker leaves and gives the task back: its partial progress is worth keeping."""
+
+
 @dataclass(frozen=True, slots=True)
 class TaskOutcome:
     """Output files by name, not yet uploaded, and the result that names their digests."""

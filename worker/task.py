@@ -10,19 +10,23 @@ from configs.schema import Experiment
 from model import tensor_file
 from protocol.tasks import BlobRef, EvaluateSpec, FeaturizeSpec, PackSpec, PathRef, TrainSpec
 from protocol.tensors import UploadHeader
+from worker.checkpoints import Checkpoints
 from worker.outcome import Progress, TaskOutcome
 
 AnySpec = PackSpec | FeaturizeSpec | TrainSpec | EvaluateSpec
-OutputKind = Literal["module", "inner_state", "record", "tokens"]
+OutputKind = Literal["module", "inner_state", "checkpoint", "record", "tokens"]
 
 EMBEDDING = "model.embed_tokens.weight"
 
 
 def inputs(spec: AnySpec) -> dict[str, list[BlobRef]]:
-    """The blobs that a task reads, by what their bytes count as: modules, inner_state, other."""
+    """The blobs that a task reads, by what their bytes count as: modules, inner_state, checkpoints, other."""
     if isinstance(spec, TrainSpec):
-        state = [spec.inner_state] if spec.inner_state else []
-        return {"modules": _modules(spec.path), "inner_state": state, "other": list(spec.tokens)}
+        if spec.resume is not None:  # it holds the inner state, further on
+            state = {"checkpoints": [spec.resume.blob]}
+        else:
+            state = {"inner_state": _present(spec.inner_state)}
+        return {"modules": _modules(spec.path), **state, "other": list(spec.tokens)}
     if isinstance(spec, FeaturizeSpec):
         return {"modules": _modules(spec.base), "other": _present(spec.tokens, spec.router)}
     if isinstance(spec, EvaluateSpec):
@@ -31,7 +35,12 @@ def inputs(spec: AnySpec) -> dict[str, list[BlobRef]]:
 
 
 def run_task(
-    spec: AnySpec, experiment: Experiment, files: Mapping[str, Path], out_dir: Path, progress: Progress
+    spec: AnySpec,
+    experiment: Experiment,
+    files: Mapping[str, Path],
+    out_dir: Path,
+    progress: Progress,
+    checkpoints: Checkpoints | None = None,
 ) -> TaskOutcome:
     """Run the task on local files, given by digest; raises what its kind raises. torch is imported here if needed."""
     if isinstance(spec, PackSpec):
@@ -47,8 +56,8 @@ def run_task(
         from worker.train import run_train
 
         tokens = [files[blob.digest] for blob in spec.tokens]
-        state = _file(files, spec.inner_state)
-        return run_train(spec, experiment, vocab_size, modules, tokens, state, out_dir, progress)
+        state = None if spec.resume else _file(files, spec.inner_state)
+        return run_train(spec, experiment, vocab_size, modules, tokens, state, out_dir, progress, checkpoints)
     token_file = files[spec.tokens.digest]
     if isinstance(spec, FeaturizeSpec):
         from worker.featurize import run_featurize
@@ -73,7 +82,7 @@ def vocab_size_of(module_paths: Mapping[str, Path]) -> int:
 def upload_header(task_id: str, fence: int, spec: AnySpec, name: str, path: Path, blob: BlobRef) -> UploadHeader:
     """What announces one output."""
     kind = _output_kind(spec, name)
-    shapes = tensor_file.shapes(path) if kind in ("module", "inner_state") else {}
+    shapes = tensor_file.shapes(path) if kind in ("module", "inner_state", "checkpoint") else {}
     return UploadHeader(
         task_id=task_id,
         fence=fence,
@@ -95,7 +104,8 @@ def is_input_of_later_tasks(spec: AnySpec, name: str) -> bool:
 
 def _output_kind(spec: AnySpec, name: str) -> OutputKind:
     if isinstance(spec, TrainSpec):
-        return "inner_state" if name == "inner_state" else "module"
+        named: dict[str, OutputKind] = {"inner_state": "inner_state", "checkpoint": "checkpoint"}
+        return named.get(name, "module")
     return "tokens" if isinstance(spec, PackSpec) else "record"
 
 

@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,10 +26,11 @@ from corpus.token_file import TokenFile
 from model import tensor_file
 from model.layout import level_tensors
 from model.transformer import PathModel
-from protocol.tasks import BlobRef, TaskResult, TrainSpec
+from protocol.tasks import BlobRef, Checkpoint, TaskResult, TrainSpec
+from worker.checkpoints import Checkpoints, Snapshot
 from worker.inner_optimizer import InnerOptimizer, NonFiniteStep
 from worker.numerics import Compute, applied
-from worker.outcome import Progress, TaskOutcome, no_progress
+from worker.outcome import HandedBack, Progress, TaskOutcome, no_progress
 from worker.schedule import learning_rate
 from worker.task_path import BASE, path_for_task, topology_of
 
@@ -44,19 +46,25 @@ def run_train(
     inner_state_path: Path | None,
     out_dir: Path,
     progress: Progress = no_progress,
+    checkpoints: Checkpoints | None = None,
 ) -> TaskOutcome:
     """Run the task; outputs a contribution a module id (start minus end; `assign`: the end) and, if kept, inner_state.
 
-    `module_paths`: one file per module id of the path. Raises NonFiniteStep, TensorMismatch, UnsupportedNumerics.
+    `module_paths`: one file per module id of the path. `checkpoints` takes partial progress on the way, and holds that
+    of an earlier holder where the spec has one. Raises NonFiniteStep, TensorMismatch, UnsupportedNumerics.
     """
     begin = time.monotonic()
     with applied(spec.numerics) as compute, ExitStack() as files:
         path = path_for_task(spec.path, experiment, vocab_size, module_paths, compute)
         trainer = Trainer(spec, experiment, path, compute)
-        if inner_state_path is not None:
+        tally = Tally()
+        if spec.resume is not None and checkpoints is not None and checkpoints.resume_path is not None:
+            tally = trainer.resume(spec.resume, checkpoints.resume_path)
+        elif inner_state_path is not None:
             trainer.optimizer.restore(inner_state_path, spec.adam_step)
+        resumed_steps, resumed_s = len(tally.step_losses), tally.seconds
         token_files = [files.enter_context(TokenFile.open(item)) for item in token_paths]
-        tally = trainer.run(token_files, progress)
+        trainer.run(token_files, tally, progress, checkpoints)
         written = _write_outputs(spec, experiment, vocab_size, module_paths, trainer, out_dir)
     result = TaskResult(
         outputs={name: blob for name, (_, blob) in written.items()},
@@ -65,19 +73,22 @@ def run_train(
         steps=spec.steps,
         loss_sum=tally.loss_sum,
         step_losses=tally.step_losses,
-        seconds=time.monotonic() - begin,
+        seconds=resumed_s + time.monotonic() - begin,
+        resumed_steps=resumed_steps,
+        resumed_seconds=resumed_s,
     )
     return TaskOutcome({name: file for name, (file, _) in written.items()}, result)
 
 
 @dataclass(slots=True)
 class Tally:
-    """What the steps of a task add up to."""
+    """What the steps of a task add up to; `seconds` are those of the steps that were taken over."""
 
     tokens: int = 0
     rows: int = 0
     loss_sum: float = 0.0
     step_losses: list[float] = field(default_factory=list)
+    seconds: float = 0.0
 
 
 class Trainer:
@@ -94,20 +105,52 @@ class Trainer:
         pretrain = experiment.pretrain
         self._fork_step = (pretrain.steps if pretrain else 0) if spec.path.model != BASE else None
 
-    def run(self, token_files: Sequence[TokenFile], progress: Progress) -> Tally:
-        """Take the steps of the spec; raises NonFiniteStep, and whatever `progress` raises between steps."""
+    def resume(self, checkpoint: Checkpoint, path: Path) -> Tally:
+        """Become what an earlier holder was after its steps; raises TensorMismatch where it is another model's."""
+        tensors = tensor_file.read(path, self._checkpoint_specs())
+        with torch.no_grad():
+            for name, parameter in self.path.named_parameters():
+                parameter.copy_(torch.from_numpy(tensors[f"p.{name}"]))
+        self.optimizer.load(tensors, self._spec.adam_step + checkpoint.steps)
+        losses, seconds = list(checkpoint.step_losses), checkpoint.seconds
+        return Tally(checkpoint.tokens, checkpoint.sequences, checkpoint.loss_sum, losses, seconds)
+
+    def run(
+        self, token_files: Sequence[TokenFile], tally: Tally, progress: Progress, checkpoints: Checkpoints | None = None
+    ) -> None:
+        """Take the steps of the spec that the tally lacks; raises NonFiniteStep, and what `progress` raises between."""
         lengths = np.concatenate([file.lengths for file in token_files])
         rows = pack_rows(lengths, self._experiment.model.sequence_length)
-        tally = Tally()
-        for index in range(self._spec.steps):
+        take = partial(self._snapshot, tally, time.monotonic())
+        if checkpoints is not None:
+            checkpoints.begin()
+        for index in range(len(tally.step_losses), self._spec.steps):
             taken = self._batch(token_files, rows, self._spec.shard_step + index)
             loss_sum, count = self.step(taken, self._spec.first_step + index)
             tally.tokens += count
             tally.rows += len(taken.tokens)
             tally.loss_sum += loss_sum
             tally.step_losses.append(loss_sum / count)
-            progress(index + 1, tally.step_losses[-1], tally.tokens)
-        return tally
+            unfinished = index + 1 < self._spec.steps
+            if checkpoints is not None and unfinished:
+                checkpoints.offer(take)
+            try:
+                progress(index + 1, tally.step_losses[-1], tally.tokens)
+            except HandedBack:
+                if checkpoints is not None and unfinished:
+                    checkpoints.hand_over(take)
+                raise
+
+    def _snapshot(self, tally: Tally, began_s: float) -> Snapshot:
+        """A copy of parameters and moments after the steps of the tally."""
+        parameters = ((f"p.{name}", tensor.detach().cpu().numpy()) for name, tensor in self.path.named_parameters())
+        tensors = {name: values.copy() for name, values in (*parameters, *self.optimizer.moments())}
+        seconds = tally.seconds + time.monotonic() - began_s
+        return Snapshot(tensors, tally.tokens, tally.rows, tally.loss_sum, list(tally.step_losses), seconds)
+
+    def _checkpoint_specs(self) -> list[tuple[str, tuple[int, ...]]]:
+        shapes = [(name, tuple(tensor.shape)) for name, tensor in self.path.named_parameters()]
+        return [(f"{prefix}.{name}", shape) for prefix in "mpv" for name, shape in shapes]
 
     def step(self, rows: Batch, step: int) -> tuple[float, int]:
         """One inner step with counter `step`; returns the summed loss in nats over all targets, and their count."""

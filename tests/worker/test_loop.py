@@ -13,14 +13,15 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from configs.schema import Config
+from configs.schema import Config, Execution
 from model.store import file_digest
 from protocol.errors import NotAllowed, StaleLease, Unavailable, UnknownBlob
-from protocol.tasks import BlobRef, Capabilities, TaskResult, TrainSpec
+from protocol.tasks import BlobRef, Capabilities, Checkpoint, TaskResult, TrainSpec
 from protocol.tensors import UploadHeader
 from worker import departure, loop
 from worker.client import Lease, Pulse, Welcome
 from worker.loop import Worker, reason_of
+from worker.pace import Pace
 from worker.train import run_train
 
 if TYPE_CHECKING:
@@ -32,8 +33,8 @@ OFFER = Capabilities(devices=["cpu"], memory_bytes=10**9, threads=1, fingerprint
 class FakeCoordinator:
     """Hands out the given specs one after the other, then says that the run is finished; remembers what it was told."""
 
-    def __init__(self, run: TinyRun, specs: Sequence[TrainSpec]) -> None:
-        self.config = Config(name="tiny", experiment=run.experiment)
+    def __init__(self, run: TinyRun, specs: Sequence[TrainSpec], execution: Execution) -> None:
+        self.config = Config(name="tiny", experiment=run.experiment, execution=execution)
         self.specs = list(specs)
         self.blobs = {file_digest(path)[0]: path for path in [*run.modules.values(), run.tokens]}
         self.fetched: list[str] = []
@@ -41,6 +42,7 @@ class FakeCoordinator:
         self.completed: dict[str, TaskResult] = {}
         self.released: list[tuple[str, str, bool]] = []
         self.cached: list[list[str]] = []
+        self.progress: list[Checkpoint] = []
         self.beats: Counter[str] = Counter()
         self.leased = 0
         self.heartbeat_s = 30.0
@@ -79,6 +81,12 @@ class FakeCoordinator:
         self.uploads = {}
         return False
 
+    def save_progress(self, worker_id: str, task_id: str, fence: int, checkpoint: Checkpoint) -> bool:
+        header, _ = self.uploads.pop("checkpoint")
+        assert (header.kind, header.digest) == ("checkpoint", checkpoint.blob.digest)
+        self.progress.append(checkpoint)
+        return True
+
     def release(self, worker_id: str, task_id: str, fence: int, reason: str = "", *, leaving: bool = False) -> None:
         self.released.append((task_id, reason, leaving))
 
@@ -102,8 +110,8 @@ class FakeCoordinator:
 class Stage:
     """A worker with its fake coordinator."""
 
-    def __init__(self, run: TinyRun, specs: Sequence[TrainSpec]) -> None:
-        self.coordinator = FakeCoordinator(run, specs)
+    def __init__(self, run: TinyRun, specs: Sequence[TrainSpec], grace_s: float = 10.0) -> None:
+        self.coordinator = FakeCoordinator(run, specs, Execution(grace_s=grace_s))
         self.said: list[str] = []
         self.cache = run.root / "cache"
         self.worker = Worker(lambda patience_s: self.coordinator, self.cache, "me", OFFER, self.said.append)
@@ -206,7 +214,8 @@ def terminate() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def test_sigterm_hands_a_long_task_back_at_once(run: TinyRun) -> None:
+def test_sigterm_hands_a_long_task_back_at_once(run: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "Pace", lambda **_: Pace(1e9, 1e9))  # no checkpoint but that of the departure
     stage = Stage(run, [run.train_spec(run.add_modules("base"), steps=100_000)])
     stage.coordinator.heartbeat_s = 0.01
     sent = threading.Event()
@@ -221,14 +230,26 @@ def test_sigterm_hands_a_long_task_back_at_once(run: TinyRun) -> None:
     before = signal.getsignal(signal.SIGTERM)
     assert stage.run() == 0
     assert stage.coordinator.completed == {}
+    [kept] = stage.coordinator.progress
+    assert kept.steps > 1, "what it had is kept for the next holder"
     assert stage.coordinator.released == [("", "", True)]
     assert signal.getsignal(signal.SIGTERM) == before
 
 
-def test_sigterm_lets_a_task_finish_that_is_nearly_done(run: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop, "NEARLY_DONE_S", 1000.0)
+def test_a_checkpoint_that_is_there_no_more_is_asked_for_again(run: TinyRun) -> None:
+    """Another holder of the task has got farther meanwhile: the lease, asked for again, names the newer one."""
+    blob = BlobRef(digest="e" * 64, size=1)
+    outdated = Checkpoint(blob=blob, steps=1, tokens=1, sequences=1, loss_sum=1.0, step_losses=[1.0], seconds=1.0)
+    spec = run.train_spec(run.add_modules("base"))
+    stage = Stage(run, [spec.model_copy(update={"resume": outdated}), spec])
+    assert stage.run() == 0
+    assert stage.coordinator.released == []
+    assert len(stage.coordinator.completed) == 1
+
+
+def test_sigterm_lets_a_task_finish_that_is_nearly_done(run: TinyRun) -> None:
     path = run.add_modules("base")
-    stage = Stage(run, [run.train_spec(path, steps=60), run.train_spec(path)])
+    stage = Stage(run, [run.train_spec(path, steps=60), run.train_spec(path)], grace_s=2000.0)
     stage.coordinator.heartbeat_s = 0.01
     sent = threading.Event()
 
@@ -279,9 +300,8 @@ def test_one_request_may_arrive_twice() -> None:
             pass
 
 
-def test_leaving_lets_go_of_calls_that_nobody_answers(run: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(departure, "GRACE_S", 0.01)
-    stage = Stage(run, [run.train_spec(run.add_modules("base"))])
+def test_leaving_lets_go_of_calls_that_nobody_answers(run: TinyRun) -> None:
+    stage = Stage(run, [run.train_spec(run.add_modules("base"))], grace_s=0.01)
 
     def silent() -> None:
         terminate()
