@@ -360,6 +360,8 @@ class Execution(Section):
     low_disk_bytes: Annotated[int, Field(ge=0)] = 64 * 1024**2
     log_bytes: Annotated[int, Field(ge=4096)] = 64 * 1024**2
     log_files: Annotated[int, Field(ge=2)] = 8
+    quarantine_factor: Annotated[float, Field(gt=1)] | None = 10.0
+    audit_share: Fraction = 0.0
 
     @model_validator(mode="after")
     def _leases_outlast_heartbeats(self) -> Execution:

@@ -19,6 +19,7 @@ from typing import Any
 
 from configs.schema import Config
 from coordinator.decisions import Decision, Lease, StepDue
+from coordinator.evidence import keep_evidence, measure_evidence
 from coordinator.executor import Executor
 from coordinator.garbage import Garbage
 from coordinator.handlers import (
@@ -96,6 +97,7 @@ class Coordinator:
         self._room.look()
         for metric in self._journal.metrics():
             self._tally.add(metric)
+            self._machine.claims.learn(metric)
         if not self._machine.state.stages:
             self._commit(self._machine.open(time.time()))
             return
@@ -205,10 +207,17 @@ class Coordinator:
 
     def _commit(self, decision: Decision) -> None:
         """Store a decision, make it current, let go of what it made obsolete, and wake who waits."""
+        kept = [(keep_evidence(self.run_dir, self._store, dispute), dispute) for dispute in decision.disputes]
         self._store_durably(decision)
         for metric in decision.metrics:
             self._tally.add(metric)
+            self._machine.claims.learn(metric)
+        for note in decision.notes:
+            self.say(note)
         self._machine.apply(decision)
+        for folder, dispute in kept:
+            if dispute.banned:
+                self._start(folder, asyncio.to_thread(measure_evidence, folder, dispute))
         self._garbage.let_go(decision.obsolete)
         self._wake()
         self._dispatch()
@@ -358,6 +367,8 @@ class Coordinator:
         except WaitingForRoom as error:
             return Lease(waiting_for=str(error))
         self._machine.apply(lease.decision)
+        for note in lease.decision.notes:
+            self.say(note)
         return lease
 
     async def heartbeat(self, args: HeartbeatArgs) -> HeartbeatAnswer:
@@ -367,26 +378,32 @@ class Coordinator:
         return HeartbeatAnswer(lost, lease_s)
 
     async def complete(self, worker_id: str, task_id: str, fence: int, result: TaskResult) -> bool:
-        if self._journal.has_metric(task_id):
+        if self._journal.has_metric(task_id) or self._machine.claims.holds(task_id, fence):
             return True
-        task = self._machine.leases.held_task(task_id, fence, worker_id)
+        self._machine.leases.held_task(task_id, fence, worker_id)
         self._garbage.landing_of_task(task_id, [ref.digest for ref in result.outputs.values()])
         await asyncio.to_thread(self._spool.commit, task_id, fence, result.outputs)
-        if self._journal.has_metric(task_id):
+        norms = await asyncio.to_thread(self._spool.norms, task_id, fence)
+        if self._journal.has_metric(task_id) or self._machine.claims.holds(task_id, fence):
             self._garbage.let_go()
             return True
-        self._count_outputs(worker_id, task_id, fence, result)
-        await asyncio.to_thread(self._spool.discard, task_id)
-        if task.kind == "TRAIN":
-            self._accumulate(task, result.outputs)
-        return False
+        norms = {output: norm for output, norm in norms.items() if output in result.outputs}
+        done = self._count_outputs(worker_id, task_id, fence, result, norms)
+        await asyncio.to_thread(self._spool.discard, task_id, fence if done is None else None)
+        if done is not None and done.kind == "TRAIN":
+            self._accumulate(done, done.outputs)
+        return done is None
 
-    def _count_outputs(self, worker_id: str, task_id: str, fence: int, result: TaskResult) -> None:
-        """The transaction of a task whose outputs are durable in the store."""
-        decision = self._machine.complete(worker_id, task_id, fence, result, time.monotonic(), time.time())
+    def _count_outputs(
+        self, worker_id: str, task_id: str, fence: int, result: TaskResult, norms: dict[str, float]
+    ) -> Task | None:
+        """The transaction of a task whose outputs are durable in the store; the task as it is done, if it is now."""
+        decision = self._machine.complete(worker_id, task_id, fence, result, time.monotonic(), time.time(), norms)
         if not any(isinstance(row, Standing) for row in decision.rows):
             decision = replace(decision, rows=(*decision.rows, self._machine.state.standing))
         self._commit(decision)
+        done = [row for row in decision.rows if isinstance(row, Task) and row.key == task_id and row.status == "done"]
+        return done[0] if done else None
 
     def _accumulate(self, task: Task, outputs: dict[str, BlobRef]) -> None:
         """Let the executor add the contributions of a task to the sums of its modules while others still train."""

@@ -120,7 +120,7 @@ class Handlers(Protocol):
         """Extend a lease; a lost one is an answer, not an error. Raises UnknownWorker."""
 
     async def complete(self, worker_id: str, task_id: str, fence: int, result: TaskResult) -> bool:
-        """Make all outputs count or none; True where they counted already.
+        """Make all outputs count or none; True where they counted already, or wait for another worker's result.
 
         Raises UnknownTask, StaleLease, UnknownBlob (an output that was not uploaded), RejectedTensor.
         """

@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from coordinator.arrivals import MIN_ARRIVALS
+from coordinator.claims import Claims
 from coordinator.decisions import Decision, Lease
 from coordinator.ownership import check_owner, new_worker_id
 from coordinator.plan import TRAINING, Plan
@@ -32,9 +33,10 @@ BACKUP_FACTOR = 1.5
 class Leases:
     """Decisions on workers and the tasks they hold."""
 
-    def __init__(self, plan: Plan, state: State, random_generator: random.Random) -> None:
+    def __init__(self, plan: Plan, state: State, random_generator: random.Random, claims: Claims) -> None:
         self.plan = plan
         self.state = state
+        self.claims = claims
         self.execution = plan.config.execution
         self._random = random_generator
         self._stage_order = {stage.name: index for index, stage in enumerate(plan.stages())}
@@ -79,9 +81,11 @@ class Leases:
     def register(self, worker_id: str, name: str, capabilities: Capabilities, now: float, identity: str = "") -> str:
         """A worker says hello, for the first time (empty id) or after a reconnection. Returns its id.
 
-        `identity` is the name in its certificate, if it has one. Raises Forbidden where the id is another's.
+        `identity` is the name in its certificate, if it has one; else its name is held against it. Raises Forbidden
+        where the id is another's, Banned.
         """
         check_owner(worker_id, identity)
+        self.claims.check_allowed(identity or name)
         if worker_id not in self.state.workers:
             self._forget_silent(MAX_WORKERS - 1)
         worker_id = worker_id or new_worker_id(self._random.getrandbits(48), identity)
@@ -98,10 +102,11 @@ class Leases:
             del self.state.workers[worker.worker_id]
 
     def known(self, worker_id: str, now: float) -> Worker:
-        """The worker, heard of now; raises UnknownWorker."""
+        """The worker, heard of now; raises UnknownWorker, Banned."""
         worker = self.state.workers.get(worker_id)
         if worker is None:
             raise UnknownWorker(f"worker {worker_id!r} is not known here; say hello again")
+        self.claims.check_allowed(worker.identity)
         worker.last_seen_s = now
         return worker
 
@@ -122,7 +127,7 @@ class Leases:
             return Lease(task=held, fence=holder.fence, spec=self.spec(held))
         reasons: list[str] = []
         candidates = sorted(self._leasable(worker, now), key=lambda task: self._preference(task, worker, cached, now))
-        offers = (offer for task in candidates if (offer := self._offer(task, worker, reasons)) is not None)
+        offers = (offer for task in candidates if (offer := self._offer(task, worker, reasons, now)) is not None)
         task, spec = next(offers, (None, None))
         if task is None or spec is None:
             return Lease(waiting_for=reasons[0] if reasons else "no task is ready")
@@ -130,14 +135,16 @@ class Leases:
 
     def _granted(self, task: Task, spec: Message, worker: Worker, now: float) -> Lease:
         holder = Holder(worker.worker_id, task.fence + 1)
-        leased = replace(task, status="leased", holders=(*task.holders, holder), fence=holder.fence)
+        audited, notes = self.claims.chosen(task, worker)
+        holders = (*task.holders, holder)
+        leased = replace(task, status="leased", holders=holders, fence=holder.fence, audited=audited)
         stage = self.state.stages[task.stage]
         pinned = (
             [replace(stage, fingerprint=worker.capabilities.fingerprint)] if self._pins(stage, task, worker) else []
         )
         self._begin(leased, holder, now)
         worker.task_id, worker.steps = task.task_id, _steps_kept(task)
-        return Lease(Decision((leased, *pinned)), leased, holder.fence, spec)
+        return Lease(Decision((leased, *pinned), notes=notes), leased, holder.fence, spec)
 
     def _leasable(self, worker: Worker, now: float) -> list[Task]:
         """Ready tasks whose modules are ready, and held ones that are worth a second holder."""
@@ -157,7 +164,7 @@ class Leases:
             return False
         [holder] = task.holders
         lifeline = self.state.lifelines[task.task_id, holder.fence]
-        if lifeline.overdue_s < now:
+        if lifeline.overdue_s < now or self.claims.wants_another(task, worker):
             return True
         slow = self.state.workers.get(holder.worker_id)
         if task.kind != "TRAIN" or slow is None or min(slow.step_times.count, worker.step_times.count) < MIN_ARRIVALS:
@@ -166,11 +173,15 @@ class Leases:
         remaining_s = (steps - max(lifeline.steps, _steps_kept(task))) * slow.step_times.mean_s
         return remaining_s > BACKUP_FACTOR * (steps - _steps_kept(task)) * worker.step_times.mean_s
 
-    def _offer(self, task: Task, worker: Worker, reasons: list[str]) -> tuple[Task, Message] | None:
+    def _offer(self, task: Task, worker: Worker, reasons: list[str], now: float) -> tuple[Task, Message] | None:
         """The task with its spec, if the worker can honour its numerics, memory and fingerprint class."""
         stage = self.state.stages[task.stage]
         spec = self.spec(task)
         refusal = self._refusal(task, stage, spec, worker)
+        if not refusal and not self.claims.may_take(
+            task, worker, lambda other: not self._refusal(task, stage, spec, other), now
+        ):
+            refusal = f"task {task.task_id} is to be computed again by another worker"
         if refusal:
             reasons.append(refusal)
             return None
@@ -228,7 +239,7 @@ class Leases:
         misses = inner_state is not None and inner_state.digest not in cached
         overdue = any(self.state.lifelines[task.task_id, holder.fence].overdue_s < now for holder in task.holders)
         only_slow = bool(task.holders) and not overdue
-        return only_slow, task.phase, failed_here, not overdue, self._stage_order[task.stage], misses
+        return only_slow, task.phase, not task.claims, failed_here, not overdue, self._stage_order[task.stage], misses
 
     def heartbeat(
         self, worker_id: str, task_id: str, fence: int, steps: int, loss: float, tokens: int, now: float
@@ -318,7 +329,9 @@ class Leases:
         return [task_id for task_id in overdue if len(self.state.tasks[task_id].holders) == 1]
 
     def held_task(self, task_id: str, fence: int, worker_id: str | None = None) -> Task:
-        """The task of a live lease, which `worker_id` holds if given; raises UnknownTask or StaleLease."""
+        """The task of a live lease, which `worker_id` holds if given; raises UnknownTask, StaleLease or Banned."""
+        if worker_id in self.state.workers:
+            self.claims.check_allowed(self.state.workers[worker_id].identity)
         task = self.state.tasks.get(task_id)
         if task is None:
             raise UnknownTask(f"there is no open task {task_id!r}")

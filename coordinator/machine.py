@@ -8,17 +8,19 @@ under a stale token changes nothing.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from coordinator.claims import Claims
 from coordinator.decisions import Decision, StepDue
 from coordinator.expected import ExpectedOutput
 from coordinator.leases import Leases
 from coordinator.plan import TRAINING, Plan
 from coordinator.references import Referenced, digests_in
 from coordinator.stage_steps import StageSteps
-from coordinator.state import Module, Row, Shard, Stage, State, Task, Worker
+from coordinator.state import Claim, Module, Row, Shard, Stage, State, Task
+from coordinator.verdict import Verdict, judge, result_of
 from protocol.errors import RejectedTensor
 from protocol.tasks import BlobRef, Checkpoint, TaskResult
 
@@ -51,7 +53,8 @@ class Machine:
         self.plan = plan
         self.state = state
         self.steps = StageSteps(plan)
-        self.leases = Leases(plan, state, random_generator)
+        self.claims = Claims(plan, state, random_generator)
+        self.leases = Leases(plan, state, random_generator, self.claims)
         self._referenced = Referenced()
 
     # --- opening and advancing --------------------------------------------------------------------------------------
@@ -68,7 +71,8 @@ class Machine:
         if not self.state.standing.paused:
             return Decision()
         rows: list[Row] = [replace(task, failures=()) for task in self.state.tasks.values() if task.failures]
-        return Decision((*rows, replace(self.state.standing, paused="")))
+        forgotten = self.claims.forgotten()
+        return replace(forgotten, rows=(*rows, *forgotten.rows, replace(self.state.standing, paused="")))
 
     def _advanced(
         self, draft: _Draft, wall_s: float, metrics: tuple[dict[str, Any], ...] = (), obsolete: tuple[str, ...] = ()
@@ -142,9 +146,19 @@ class Machine:
         return expected
 
     def complete(
-        self, worker_id: str, task_id: str, fence: int, result: TaskResult, now: float, wall_s: float
+        self,
+        worker_id: str,
+        task_id: str,
+        fence: int,
+        result: TaskResult,
+        now: float,
+        wall_s: float,
+        norms: Mapping[str, float] | None = None,
     ) -> Decision:
-        """All outputs of a task count. Raises StaleLease, UnknownTask or RejectedTensor."""
+        """All outputs of a task count, or wait as a claim. Raises StaleLease, UnknownTask, Banned or RejectedTensor.
+
+        `norms`: the L2 norms of the outputs that hold tensors, as they were verified.
+        """
         worker = self.leases.known(worker_id, now)
         task = self.leases.held_task(task_id, fence, worker_id)
         expected = self.expected_outputs(task)
@@ -153,19 +167,32 @@ class Machine:
         stage = self.state.stages[task.stage]
         if task.kind == "TRAIN" and result.steps != self.plan.inner_steps(stage.model):
             raise RejectedTensor(f"task {task_id} took {result.steps} steps, not {self.plan.inner_steps(stage.model)}")
-        self.leases.forget(task)
         worker.task_id = ""
         if result.tokens and result.seconds > 0:
             worker.tokens_per_s = result.tokens / result.seconds
+        claim = self.claims.claim(task, worker, fence, result, norms or {}, wall_s)
+        verdict = judge(task, claim) if task.kind == "TRAIN" else Verdict((claim,), claim)
+        if verdict.counted is None:
+            return self.claims.kept(task, claim, verdict)
+        self.leases.forget(task)
+        return self._counted(task, stage, verdict.counted, verdict, wall_s)
+
+    def _counted(self, task: Task, stage: Stage, claim: Claim, verdict: Verdict, wall_s: float) -> Decision:
+        """The result of a claim counts."""
+        result = result_of(claim)
         counted = result.model_dump(mode="json", exclude={"outputs", "step_losses", "fetched_bytes"})
-        done = replace(task, status="done", holders=(), checkpoint=None, outputs=dict(result.outputs), result=counted)
+        done = replace(
+            task, status="done", holders=(), checkpoint=None, claims=(), outputs=claim.outputs, result=counted
+        )
+        settled = self.claims.settled(task, verdict)
         draft = _Draft(self.state)
-        draft.put([done])
+        draft.put([*settled.rows, done])
         obsolete: tuple[str, ...] = (task.checkpoint.blob.digest,) if task.checkpoint else ()
         if task.kind == "TRAIN":
             obsolete += self._train_next(draft, stage, task, result)
-        metric = self._metric(task, stage, worker, result, wall_s)
-        return self._advanced(draft, wall_s, (metric,), obsolete)
+        metric = self._metric(task, stage, claim, verdict, wall_s)
+        decision = self._advanced(draft, wall_s, (metric,), (*obsolete, *settled.obsolete))
+        return replace(decision, notes=settled.notes, disputes=settled.disputes)
 
     def save_progress(self, worker_id: str, task_id: str, fence: int, checkpoint: Checkpoint, now: float) -> Decision:
         """The next holder of the task goes on from `checkpoint`, unless one is kept that has got as far.
@@ -191,22 +218,25 @@ class Machine:
             draft.put([self.plan.train_task(stage, trained)])
         return (shard.inner_state.digest,) if shard.inner_state else ()
 
-    def _metric(self, task: Task, stage: Stage, worker: Worker, result: TaskResult, wall_s: float) -> dict[str, Any]:
+    def _metric(self, task: Task, stage: Stage, claim: Claim, verdict: Verdict, wall_s: float) -> dict[str, Any]:
         metric = {
             "task_id": task.task_id,
             "stage": task.stage,
             "kind": task.kind,
             "phase": task.phase,
             "model": stage.model,
-            "worker": worker.name,
+            "worker": claim.worker,
             "wall_s": wall_s,
-            **result.model_dump(mode="json", exclude={"outputs"}),
+            **claim.result,
         }
         if task.kind == "TRAIN":
             shard = self.state.shards[f"{stage.model}/{task.subject}"]
             metric["shard"] = shard.shard
             metric["path"] = self.plan.topology(stage.model).path_id(shard.path_index)
-            metric["first_step"] = self.plan.first_step(stage.model) + task.phase * result.steps
+            metric["first_step"] = self.plan.first_step(stage.model) + task.phase * claim.result["steps"]
+            metric["norms"] = self.claims.gradient_norms(stage.model, claim.norms)
+        if verdict.note:
+            metric["note"] = verdict.note
         return metric
 
     # --- modules ----------------------------------------------------------------------------------------------------

@@ -90,9 +90,10 @@ class Spool:
             if whole.exists():
                 self._store.adopt(whole, blob.digest)
 
-    def discard(self, task_id: str) -> None:
-        """Remove everything that arrived for a task, under all its fences."""
-        self._remove(self._root / _hashed(task_id))
+    def discard(self, task_id: str, fence: int | None = None) -> None:
+        """Remove everything that arrived for a task, under all its fences or under one."""
+        directory = self._root / _hashed(task_id)
+        self._remove(directory if fence is None else directory / f"{fence:d}")
 
     def retain(self, task_ids: Iterable[str]) -> None:
         """Remove what arrived for any other task: at a start, the leftovers of tasks that are over."""

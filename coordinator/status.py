@@ -4,7 +4,8 @@ Keys of a status: `run`, `stage` (names running), `stages` [name, kind, status, 
 `workers` [id, name, task, steps, steps_total, loss, tokens_per_s, last_seen_s], `tasks` {ready, leasable, leased,
 done}, `losses` {path id: mean loss of its latest task}, `baseline_losses` {model: the same}, `tokens`, `steps` (in the
 weights), `bytes` {modules, outer_gradients, inner_state, checkpoints, other}, `eta_s` (None while unknown), `finished`,
-`paused`, `waiting` (for room on the disk, in one sentence).
+`paused`, `waiting` (for room on the disk, in one sentence), `quarantined` {task: why}, `suspected` {worker: tasks},
+`banned` {worker: why}.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import Any
 
+from coordinator.claims import trust_of
 from coordinator.plan import BASE, MIXTURE, TRAINING, Plan
 from coordinator.state import Stage, State, Task, Worker
 
@@ -76,6 +78,7 @@ def status_of(plan: Plan, state: State, tally: Tally, now: float) -> dict[str, A
         "finished": state.standing.finished,
         "paused": state.standing.paused,
         "waiting": "",
+        **trust_of(state),
     }
 
 

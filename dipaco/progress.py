@@ -100,6 +100,7 @@ def summary(status: Status) -> str:
         parts.append(f"about {duration(status['eta_s'])} of training left")
     if status.get("waiting"):
         parts.append(status["waiting"])
+    parts += distrust(status)
     if status["paused"]:
         parts.append(f"PAUSED: {status['paused']}")
     return " | ".join(parts)
@@ -146,10 +147,21 @@ def panel(status: Status) -> Any:
         parts.append(Text(status["faults"]))
     if status.get("waiting"):
         parts.append(Text(status["waiting"], style="bold yellow"))
+    parts += [Text(line, style="bold red") for line in distrust(status)]
     if status["paused"]:
         parts.append(Text(f"paused: {status['paused']}", style="bold red"))
     phase = f", phase {status['phase']} of {status['num_phases']}" if status["num_phases"] else ""
     return Panel(Group(*parts), title=f"{status['run']}: {status['stage'] or 'finished'}{phase}", title_align="left")
+
+
+def distrust(status: Status) -> list[str]:
+    """Whose results are not believed, if anybody's."""
+    lines = [f"banned: {', '.join(status['banned'])}"] if status.get("banned") else []
+    if status.get("suspected"):
+        lines.append("suspected: " + ", ".join(f"{name} ({len(t)})" for name, t in status["suspected"].items()))
+    if status.get("quarantined"):
+        lines.append(f"in quarantine: {', '.join(status['quarantined'])}")
+    return lines
 
 
 def tokens_per_s(status: Status) -> float:
