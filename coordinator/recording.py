@@ -21,6 +21,8 @@ from protocol.tasks import Checkpoint, TaskResult, TrainSpec
 from protocol.tensors import UploadHeader
 
 PERIOD_S = 0.2
+# Names of workers are remembered for their lines; of so many at the most, since anyone may say hello.
+MAX_NAMES = 4096
 
 
 class Recording:
@@ -41,6 +43,8 @@ class Recording:
     async def hello(self, args: HelloArgs) -> HelloAnswer:
         answer = await self._handlers.hello(args)
         self._names[answer.worker_id] = args.worker_name
+        if len(self._names) > MAX_NAMES:
+            del self._names[next(iter(self._names))]
         self._log.write("joined", worker=args.worker_name, worker_id=answer.worker_id)
         return answer
 
@@ -80,6 +84,8 @@ class Recording:
     async def release(self, args: ReleaseArgs) -> None:
         await self._handlers.release(args)
         self._log.write("released", task_id=args.task_id, fence=args.fence, worker=self._names.get(args.worker_id, ""))
+        if args.leaving:
+            self._names.pop(args.worker_id, None)
 
     async def status(self) -> dict[str, Any]:
         return await self._handlers.status()

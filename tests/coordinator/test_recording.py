@@ -7,7 +7,7 @@ from typing import Any
 
 from coordinator.events import EventLog, read_events
 from coordinator.handlers import HeartbeatArgs, HelloArgs, ReleaseArgs
-from coordinator.recording import Recording
+from coordinator.recording import MAX_NAMES, Recording
 from protocol.tasks import TaskResult
 from tests.loopback import CAPABILITIES, FENCE, TASK, BookHandlers
 
@@ -70,3 +70,21 @@ def test_tasks_that_wait_for_a_worker_are_noted_as_they_change(tmp_path: Path) -
         {"event": "leasable", "tasks": 1},
         {"event": "leasable", "tasks": 4},
     ]
+
+
+def test_the_names_of_workers_take_bounded_room(tmp_path: Path) -> None:
+    """Anyone may say hello, as often as they like: the names of those who left, and of too many, are forgotten."""
+    log = EventLog(tmp_path)
+    recording = Recording(BookHandlers(tmp_path), log)
+
+    async def visit(times: int, *, leaving: bool) -> None:
+        for _ in range(times):
+            worker_id = (await recording.hello(HelloArgs("host", "", "0.1.0", CAPABILITIES))).worker_id
+            if leaving:
+                await recording.release(ReleaseArgs(worker_id, "", 0, leaving=True))
+
+    asyncio.run(visit(10, leaving=True))
+    assert len(recording._names) == 0
+    asyncio.run(visit(MAX_NAMES + 10, leaving=False))
+    assert len(recording._names) == MAX_NAMES
+    log.close()
