@@ -6,6 +6,7 @@ complete as real ones do; a killed one is silent from that moment on.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import heapq
 import itertools
@@ -21,7 +22,8 @@ from coordinator.decisions import Decision
 from coordinator.machine import Machine
 from coordinator.plan import Plan
 from coordinator.state import State, Task
-from protocol.tasks import BlobRef, Capabilities, TaskResult
+from protocol.errors import StaleLease, UnknownTask
+from protocol.tasks import BlobRef, Capabilities, Checkpoint, TaskResult
 
 TICK_S = 0.5
 _OFFER = Capabilities(devices=["cpu", "cuda", "mps"], memory_bytes=1 << 50, threads=1 << 10, fingerprint="virtual")
@@ -31,7 +33,8 @@ _OFFER = Capabilities(devices=["cpu", "cuda", "mps"], memory_bytes=1 << 50, thre
 class Costs:
     """Seconds: of an inner step, of any other task, around every task (transfer, composing), of stepping a module.
 
-    `start_s` passes from a worker's start to its first request.
+    `start_s` passes from a worker's start to its first request, `checkpoint_every_s` between two checkpoints of a task
+    (0: none are made).
     """
 
     step_s: float
@@ -39,6 +42,7 @@ class Costs:
     overhead_s: float = 0.0
     outer_step_s: float = 0.0
     start_s: float = 0.0
+    checkpoint_every_s: float = 0.0
 
 
 @dataclass(slots=True)
@@ -77,6 +81,7 @@ class _VirtualWorker:
     name: str
     worker_id: str
     task: Task | None = None
+    resumed: int = 0
     began_s: float = 0.0
     alive: bool = True
 
@@ -205,7 +210,10 @@ class VirtualRun:
         if task.task_id in self._lost:
             self.outcome.recovery_s.append(self.now - self._lost.pop(task.task_id))
         worker.task, worker.began_s = task, self.now
-        self._at(self.now + self._duration_s(task), lambda: self._complete(worker, task, fence))
+        worker.resumed = task.checkpoint.steps if task.checkpoint and not task.independent else 0
+        self._at(self.now + self._duration_s(worker, task), lambda: self._complete(worker, task, fence))
+        if task.kind == "TRAIN" and self._costs.checkpoint_every_s:
+            self._save_later(worker, task, fence)
         self._at(self.now + self._beat_s(), lambda: self._heartbeat(worker, task, fence))
 
     def _beat_s(self) -> float:
@@ -214,20 +222,45 @@ class VirtualRun:
     def _inner_steps(self, task: Task) -> int:
         return self.plan.inner_steps(self.machine.state.stages[task.stage].model) if task.kind == "TRAIN" else 0
 
-    def _duration_s(self, task: Task) -> float:
-        work_s = self._inner_steps(task) * self._costs.step_s if task.kind == "TRAIN" else self._costs.other_task_s
-        return self._costs.overhead_s + work_s
+    def _duration_s(self, worker: _VirtualWorker, task: Task) -> float:
+        steps = self._inner_steps(task) - worker.resumed
+        return self._costs.overhead_s + (
+            steps * self._costs.step_s if task.kind == "TRAIN" else self._costs.other_task_s
+        )
 
     def _steps(self, worker: _VirtualWorker) -> float:
-        """Inner steps that the worker has taken in its task by now."""
+        """Inner steps that the worker itself has taken in its task by now."""
         assert worker.task is not None
         computing_s = self.now - worker.began_s - self._costs.overhead_s
-        return float(min(self._inner_steps(worker.task), max(0.0, computing_s / self._costs.step_s)))
+        most = self._inner_steps(worker.task) - worker.resumed
+        return float(min(most, max(0.0, computing_s / self._costs.step_s)))
+
+    def _save_later(self, worker: _VirtualWorker, task: Task, fence: int) -> None:
+        self._at(self.now + self._costs.checkpoint_every_s, lambda: self._save(worker, task, fence))
+
+    def _save(self, worker: _VirtualWorker, task: Task, fence: int) -> None:
+        """The worker's progress becomes the task's checkpoint, if it still holds the lease."""
+        if not worker.alive or worker.task is not task:
+            return
+        steps = worker.resumed + int(self._steps(worker))
+        if worker.resumed < steps < self._inner_steps(task):
+            progress = Checkpoint(
+                blob=_ref(task.task_id, steps),
+                steps=steps,
+                tokens=1,
+                sequences=0,
+                loss_sum=0.0,
+                step_losses=[0.0] * steps,
+                seconds=0.0,
+            )
+            with contextlib.suppress(StaleLease, UnknownTask):
+                self._commit(self.machine.save_progress(worker.worker_id, task.task_id, fence, progress, self.now))
+        self._save_later(worker, task, fence)
 
     def _heartbeat(self, worker: _VirtualWorker, task: Task, fence: int) -> None:
         if not worker.alive or worker.task is not task:
             return
-        steps = int(self._steps(worker))
+        steps = worker.resumed + int(self._steps(worker))
         lost, _ = self.machine.leases.heartbeat(worker.worker_id, task.task_id, fence, steps, 0.0, steps, self.now)
         if lost:
             self.outcome.steps_executed += self._steps(worker)
@@ -238,7 +271,7 @@ class VirtualRun:
     def _complete(self, worker: _VirtualWorker, task: Task, fence: int) -> None:
         if not worker.alive or worker.task is not task:
             return
-        self.outcome.steps_executed += self._inner_steps(task)
+        self.outcome.steps_executed += self._inner_steps(task) - worker.resumed
         self._rest(worker)
         held = self.machine.state.tasks.get(task.task_id)
         if held is None or all(holder.fence != fence for holder in held.holders):

@@ -1,7 +1,8 @@
 """What a run under faults came to, from facts: the coordinator's event log, the faults carried out, the journal.
 
 Pure. An inner step counts as executed when its worker reported it, or would have by the time of the fault at the median
-speed of completed tasks: reports come only with heartbeats. Goodput = inner steps in the weights / executed. Occupancy
+speed of completed tasks (and, before its first report, after the median time that a lease takes to its first step):
+reports come only with heartbeats and checkpoints. Goodput = inner steps in the weights / executed. Occupancy
 = seconds computing / seconds in which a ready worker (from its hello to its end) held a task or one was leasable.
 Recovery = from a fault to the next lease of the task it took away; `while_free`: only the seconds of it in which a
 ready worker held nothing, since a task cannot run again before there is one.
@@ -25,14 +26,16 @@ ENDINGS = ("kill", "ended")
 
 @dataclass(slots=True)
 class HeldTask:
-    """One lease: wall times, the inner steps that its worker reported, and how it ended."""
+    """One lease: wall times, the step its worker came to (after the `resumed` ones), and how it ended."""
 
     task_id: str
     fence: int
     worker: str
     kind: str
     begin_s: float
+    resumed: int = 0
     reported: tuple[float, int] = (0.0, 0)
+    first_report: tuple[float, int] | None = None
     end_s: float = 0.0
     outcome: str = "lost"
     seconds: float = 0.0
@@ -53,9 +56,12 @@ def held_tasks(
         held = found.get(key)
         at_s, name = event["wall_s"], event["event"]
         if name == "leased" and held is None:
-            found[key] = HeldTask(*key, event["worker"], event["kind"], at_s, (at_s, 0))
+            resumed = event.get("resumed", 0)
+            found[key] = HeldTask(*key, event["worker"], event["kind"], at_s, resumed, (at_s, resumed))
             moves.setdefault(event["worker"], []).append(at_s)
-        elif name == "progress" and held is not None:
+        elif name in ("progress", "checkpoint") and held is not None:
+            if held.first_report is None and event["steps"] > held.resumed:
+                held.first_report = (at_s, event["steps"])
             held.reported = (at_s, max(held.reported[1], event["steps"]))
         elif name == "completed" and held is not None:
             held.reported = (at_s, event["steps"])
@@ -67,7 +73,8 @@ def held_tasks(
         grants = [h for h in found.values() if h.task_id == metric["task_id"] and h.worker == metric["worker"]]
         if metric["task_id"] not in noted and grants:
             held = max(grants, key=lambda each: each.fence)
-            held.reported, held.seconds = (metric["wall_s"], metric["steps"]), metric["seconds"]
+            held.reported = (metric["wall_s"], metric["steps"])
+            held.seconds = metric["seconds"] - metric.get("resumed_seconds", 0.0)
             held.end_s, held.outcome = metric["wall_s"], "completed"
     deaths = [(fault["process"], fault["wall_s"]) for fault in faults if fault["action"] in ENDINGS]
     completions = {held.task_id: held.end_s for held in found.values() if held.outcome == "completed"}
@@ -87,17 +94,20 @@ def count_steps(tasks: Sequence[HeldTask], faults: Sequence[Record]) -> int:
             held.seconds = held.end_s - held.begin_s
     training = [held for held in tasks if held.kind == "TRAIN"]
     completed = [held for held in training if held.outcome == "completed"]
-    step_s = _median([held.seconds / max(1, held.reported[1]) for held in completed]) or 1.0
+    step_s = _median([held.seconds / max(1, held.reported[1] - held.resumed) for held in completed]) or 1.0
+    starts = [(held.begin_s, held.resumed, *held.first_report) for held in training if held.first_report]
+    starting_s = _median([max(0.0, at - begin - (steps - old) * step_s) for begin, old, at, steps in starts]) or 0.0
     most = max((held.reported[1] for held in completed), default=0)
     stopped = [(fault["process"], fault["wall_s"]) for fault in faults if fault["action"] == "stop"]
     for held in training:
         steps = held.reported[1]
         if held.outcome != "completed":
             hung_s = [at_s for worker, at_s in stopped if worker == held.worker and at_s > held.begin_s]
-            unreported_s = max(0.0, min([*hung_s, held.end_s]) - held.reported[0])
+            silent_s = min([*hung_s, held.end_s]) - held.reported[0]
+            unreported_s = max(0.0, silent_s - (0.0 if held.first_report else starting_s))
             steps = max(steps, min(most, steps + round(unreported_s / step_s)))
-            held.seconds = min(held.end_s - held.begin_s, steps * step_s)
-        held.executed = steps
+            held.seconds = min(held.end_s - held.begin_s, (steps - held.resumed) * step_s)
+        held.executed = steps - held.resumed
     return sum(held.executed for held in training)
 
 

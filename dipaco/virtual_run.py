@@ -17,14 +17,16 @@ from coordinator.snapshot import RunSnapshot
 from coordinator.virtual import Costs, VirtualRun
 from dipaco.ending import Refused
 from dipaco.faults import COORDINATOR, Fault
+from dipaco.simulating import FAULTS, read_facts
 
 Record = dict[str, Any]
 ACTIONS = {"start": "start", "kill": "kill", "terminate": "kill"}
 
 
 def measured_costs(run_dir: Path) -> Costs:
-    """Medians of a run that has trained: seconds of a step, of other tasks, and around every task.
+    """Medians of a run that has trained: seconds of a step, of other tasks, around every task, between checkpoints.
 
+    Where it was a simulation, also from the start of a worker's process to its first request.
 
     Raises RunUnusable, and Refused where no TRAIN task was completed.
     """
@@ -36,11 +38,42 @@ def measured_costs(run_dir: Path) -> Costs:
         )
     others = [metric["seconds"] for metric in snapshot.metrics if not metric["steps"]]
     around = list(_seconds_around(read_events(run_dir)))
+    every = list(_seconds_between_checkpoints(read_events(run_dir)))
+    starts = list(_seconds_to_join(read_facts(run_dir), read_events(run_dir))) if (run_dir / FAULTS).is_file() else []
     return Costs(
         step_s=statistics.median(steps),
-        other_task_s=statistics.median(others) if others else 0.0,
-        overhead_s=statistics.median(around) if around else 0.0,
+        other_task_s=_median(others),
+        overhead_s=_median(around),
+        start_s=_median(starts),
+        checkpoint_every_s=_median(every),
     )
+
+
+def _median(seconds: Sequence[float]) -> float:
+    return statistics.median(seconds) if seconds else 0.0
+
+
+def _seconds_between_checkpoints(events: Iterable[Record]) -> Iterable[float]:
+    """Between two checkpoints of one lease, and from its begin to the first."""
+    latest: dict[tuple[str, int], float] = {}
+    for event in events:
+        if event["event"] == "leased":
+            latest[event["task_id"], event["fence"]] = event["wall_s"]
+        elif event["event"] == "checkpoint" and (key := (event["task_id"], event["fence"])) in latest:
+            yield event["wall_s"] - latest[key]
+            latest[key] = event["wall_s"]
+
+
+def _seconds_to_join(faults: Sequence[Record], events: Iterable[Record]) -> Iterable[float]:
+    """From each start of a worker's process to its greeting, where that came before the next thing done to it."""
+    joins = [(event["worker"], event["wall_s"]) for event in events if event["event"] == "joined"]
+    for index, fault in enumerate(faults):
+        if fault["action"] != "start" or fault["process"] == COORDINATOR:
+            continue
+        later = (each["wall_s"] for each in faults[index + 1 :] if each["process"] == fault["process"])
+        end_s = next(later, float("inf"))
+        own = [at_s for name, at_s in joins if name == fault["process"] and fault["wall_s"] < at_s < end_s]
+        yield from (at_s - fault["wall_s"] for at_s in own[:1])
 
 
 def _seconds_around(events: Iterable[Record]) -> Iterable[float]:

@@ -146,9 +146,19 @@ def _help_seconds() -> float:
 
 
 FLAGS = {
-    "run": {"--workers", "--run-dir", "--json"},
-    "coordinator": {"--run-dir", "--listen", "--insecure", "--parent"},
-    "worker": {"--join", "--cache-dir", "--threads", "--memory-bytes", "--name", "--insecure", "--parent"},
+    "run": {"--workers", "--run-dir", "--verify", "--json"},
+    "coordinator": {"--run-dir", "--listen", "--insecure", "--verify", "--parent", "--log"},
+    "worker": {
+        "--join",
+        "--cache-dir",
+        "--threads",
+        "--memory-bytes",
+        "--grace-s",
+        "--name",
+        "--insecure",
+        "--parent",
+        "--log",
+    },
     "certs": {"--host", "--address", "--json"},
     "status": {"--join", "--insecure", "--json"},
     "evaluate": {"--data", "--route", "--json"},

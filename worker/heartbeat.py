@@ -32,12 +32,16 @@ class Heartbeat:
         self._beat, self._interval_s, self._unanswered, self._say = beat, interval_s, unanswered, say
         self._progress: tuple[int, float, int] = (0, math.nan, 0)
         self._over = threading.Event()
+        self._due = threading.Event()
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
         self.lost = threading.Event()
 
     def report(self, steps: int, loss: float, tokens: int) -> None:
-        """What the next beat carries."""
+        """What the next beat carries; the first step is told at once."""
+        begins = not self._progress[0]
         self._progress = (steps, loss, tokens)
+        if begins:
+            self._due.set()
 
     def __enter__(self) -> Heartbeat:
         self._thread.start()
@@ -47,11 +51,16 @@ class Heartbeat:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._over.set()
+        self._due.set()
         self._thread.join(timeout=1.0)  # a call that hangs ends with the process
 
     def _run(self) -> None:
         answered = True
-        while not self._over.wait(self._interval_s) and not self.lost.is_set():
+        while not self.lost.is_set():
+            self._due.wait(self._interval_s)
+            self._due.clear()
+            if self._over.is_set():
+                return
             try:
                 if self._beat(*self._progress).lost:
                     self.lost.set()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -63,3 +64,18 @@ def test_all_workers_may_die_and_come_back() -> None:
     assert outcome.finished
     assert outcome.steps_in_weights == 4 * 2 * 20
     assert outcome.to_dict()["goodput"] < 1.0
+
+
+def test_checkpoints_keep_what_was_done_before_a_kill() -> None:
+    """Tasks of 20 s, and one of four workers dies every 5 s."""
+    faults = starts(4)
+    for index in range(400):
+        name, at_s = f"worker-{index % 4}", 20.0 + 5.0 * index
+        faults += [(at_s, name, "kill"), (at_s + 1.0, name, "start")]
+    without = VirtualRun(make_config(2, 3), COSTS, faults).run()
+    often = VirtualRun(make_config(2, 3), replace(COSTS, checkpoint_every_s=2.0), faults).run()
+    assert often.finished
+    assert often.steps_in_weights == 4 * 3 * 20
+    assert often.to_dict()["goodput"] > 0.85
+    assert often.to_dict()["goodput"] > without.to_dict()["goodput"]
+    assert often.wall_s < without.wall_s

@@ -69,6 +69,37 @@ def test_a_kill_costs_the_steps_in_flight() -> None:
     assert outcome["participation"][-60][1:] == [1.0, 1.0]
 
 
+def test_steps_taken_over_from_a_checkpoint_are_executed_once() -> None:
+    events = [
+        *JOINS,
+        leased(102, 1, "worker-0"),
+        event(104, "progress", task_id=TASK, fence=1, steps=1),
+        event(106, "checkpoint", task_id=TASK, fence=1, steps=3),
+        {**leased(109, 2, "worker-1"), "resumed": 3},
+        event(111, "progress", task_id=TASK, fence=2, steps=4),
+        completed(118, 2, seconds=7.0),
+    ]
+    resumed = {**metric("worker-1", 118, 10.0), "resumed_seconds": 3.0}
+    outcome = summarise(events, [*STARTS, fault(107, "worker-0", "kill")], [resumed], 100.0, 120.0)
+    # Three steps to the checkpoint, a fourth until the kill a second later (one a second), then the seven that lack.
+    assert (outcome["steps_executed"], outcome["steps_in_weights"], outcome["steps_lost"]) == (11, 10, 1)
+
+
+def test_a_worker_that_was_killed_before_its_first_step_executed_none() -> None:
+    """Another lease took 3 s to its first step: a silent one that ended after 2 s had not begun."""
+    events = [
+        *JOINS,
+        leased(102, 1, "worker-0"),
+        leased(106, 2, "worker-1"),
+        event(110, "progress", task_id=TASK, fence=2, steps=1),
+        completed(119, 2, seconds=10.0),
+    ]
+    outcome = summarise(
+        events, [*STARTS, fault(104, "worker-0", "kill")], [metric("worker-1", 119, 10.0)], 100.0, 120.0
+    )
+    assert outcome["steps_executed"] == 10
+
+
 def test_a_task_that_the_journal_has_is_completed_though_the_log_lacks_it() -> None:
     events = [*JOINS, leased(102, 1, "worker-0"), event(104, "opened"), leased(105, 1, "worker-0", "x/TRAIN/0/0")]
     faults = [*STARTS, fault(103, "coordinator", "kill")]

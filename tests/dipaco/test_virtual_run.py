@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import time
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from coordinator.journal import Journal
 from coordinator.virtual import Costs
 from dipaco.ending import Refused
 from dipaco.faults import Fault, Poisson, coordinator_faults
+from dipaco.simulating import FAULTS
 from dipaco.virtual_run import measured_costs, simulate_virtually
 
 
@@ -35,12 +38,18 @@ def test_costs_are_medians_of_what_was_measured(config: Config, tmp_path: Path) 
     run_dir = a_run(tmp_path, config, [10.0, 20.0, 90.0])
     log = EventLog(run_dir)
     log.write("leased", task_id="t0", fence=1, worker="w", kind="TRAIN")
+    log.write("checkpoint", task_id="t0", fence=1, steps=4)
     log.write("completed", task_id="t0", fence=1, steps=10, seconds=0.0)
+    log.write("joined", worker="worker-0", worker_id="w")
     log.close()
+    started = {"wall_s": time.time() - 7.0, "at_s": 0.0, "process": "worker-0", "action": "start"}
+    (run_dir / FAULTS).write_text(json.dumps(started) + "\n")
     costs = measured_costs(run_dir)
     assert costs.step_s == 2.0
     assert costs.other_task_s == 3.0
     assert 0.0 <= costs.overhead_s < 1.0
+    assert 0.0 < costs.checkpoint_every_s < 1.0
+    assert costs.start_s == pytest.approx(7.0, abs=1.0)
 
 
 def test_a_run_without_training_has_no_costs(config: Config, tmp_path: Path) -> None:

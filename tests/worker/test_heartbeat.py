@@ -45,3 +45,17 @@ def test_goes_on_while_nobody_answers_and_says_so_once() -> None:
     assert not heartbeat.lost.is_set()
     assert len(said) == 1
     assert "nobody at 127.0.0.1:1" in said[0]
+
+
+def test_the_first_step_is_told_at_once() -> None:
+    """When a task has come to its steps is seen by it, not an interval later."""
+    told = threading.Event()
+
+    def beat(steps: int, loss: float, tokens: int) -> Pulse:
+        assert steps == 1
+        told.set()
+        return Pulse(lost=False, lease_s=1.0)
+
+    with Heartbeat(beat, 3600.0, (Unavailable,), print) as heartbeat:
+        heartbeat.report(1, 1.5, 60)
+        assert told.wait(20)
