@@ -32,10 +32,11 @@ from coordinator.handlers import (
     UploadSink,
 )
 from coordinator.jobs import Jobs
-from coordinator.journal import Journal, RunUnusable
+from coordinator.journal import Journal
 from coordinator.machine import CHECKPOINT, Machine
 from coordinator.plan import Plan
-from coordinator.references import blobs_in
+from coordinator.recovery import Findings, recover_store
+from coordinator.references import blobs_in, referenced_blobs
 from coordinator.room import Room
 from coordinator.spool import Spool
 from coordinator.state import Standing, State, Task
@@ -92,8 +93,11 @@ class Coordinator:
     def paused(self) -> str:
         return self._machine.state.standing.paused
 
-    def open(self) -> None:
-        """Begin the run, or go on where its journal ends; raises RunUnusable where blobs are missing."""
+    def open(self, *, verify: bool = False, torn_event: bool = False) -> None:
+        """Begin the run, or go on where its journal ends, and say what was found; `verify` reads all blobs again.
+
+        Raises RunUnusable where blobs are missing or damaged.
+        """
         self._room.look()
         for metric in self._journal.metrics():
             self._tally.add(metric)
@@ -103,39 +107,33 @@ class Coordinator:
             return
         self._machine.state.forget_tasks(self._machine.consumed())
         self._spool.retain(task.task_id for task in self._machine.state.tasks.values() if task.status == "leased")
-        self._recover_store()
+        findings = self._recover_store(verify)
         self._await_workers()
         self._commit(self._machine.resume(time.monotonic()))
-        done = sum(stage.status == "done" for stage in self._machine.state.stages.values())
-        self.say(
-            f"going on with {self.run_dir}: {done} of {len(self._machine.state.stages)} stages done, "
-            f"{self._tally.steps} inner steps in the weights"
-        )
+        self.say(self._standing())
+        self.say(findings.sentence(len(self._spool.recorded()), torn_event))
 
-    def _recover_store(self) -> None:
-        """Remove what nothing refers to, and make sure that everything referred to is there.
+    def _recover_store(self, verify: bool) -> Findings:
+        """Look at the blobs, and remove those that nothing needs.
 
         What the spool has recorded may lie in the store alone, where the process ended between moving the outputs of a
         task and the transaction that makes them count: its worker asks for that transaction again.
         """
-        needed = self._machine.referenced() | self._spool.recorded()
-        held = set(self._store.digests())
-        missing = sorted(digest for digest in self._needed_blobs() if digest not in held)
-        if missing:
-            raise RunUnusable(
-                f"{self.run_dir} lacks {len(missing)} blobs that its journal names (first: {missing[0]}); "
-                "restore blobs/ from a copy, or start anew in another --run-dir"
-            )
-        for digest in held - needed:
-            self._store.delete(digest)
-        self._store.clear_scratch()
+        kept = self._machine.referenced() | self._spool.recorded()
+        references = referenced_blobs(self._machine.state)
+        return recover_store(self.run_dir, self._store, references, kept, self.say, verify=verify)
 
-    def _needed_blobs(self) -> set[str]:
-        """Blobs without which the run cannot go on."""
+    def _standing(self) -> str:
+        """How far the run is, in one line."""
         state = self._machine.state
-        refs = [ref for row in state.modules.values() for ref in (row.params, row.momentum)]
-        refs += [ref for shard in state.shards.values() for ref in (*shard.files, shard.inner_state)]
-        return {ref.digest for ref in refs if ref is not None}
+        done = sum(stage.status == "done" for stage in state.stages.values())
+        versions = [module.version for module in state.modules.values()]
+        return (
+            f"going on with {self.run_dir}: {done} of {len(state.stages)} stages done, {self._tally.steps} inner steps "
+            f"in the weights, {len(versions)} modules"
+            + (f" of versions {min(versions)} to {max(versions)}" if versions else "")
+            + f", {len(state.lifelines)} leases are live"
+        )
 
     async def tick(self) -> None:
         """Watch over leases, and over the room on the disk, until the run is finished or paused."""

@@ -10,6 +10,7 @@ import json
 import os
 import sqlite3
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import IO, Any
@@ -17,6 +18,8 @@ from typing import IO, Any
 from coordinator.state import Claim, Conduct, Holder, Module, Row, Shard, Stage, Standing, Task
 from protocol.tasks import BlobRef, Checkpoint
 
+# Stands in a backup until it is whole for the first time.
+UNFINISHED_BACKUP = "backup.unfinished"
 FORMAT = 2
 # Formats whose rows are read as they are; opening such a run to go on with it makes it one of the newest format.
 READABLE = (1, FORMAT)
@@ -54,8 +57,10 @@ class Journal:
 
     def __init__(self, run_dir: Path, *, read_only: bool = False) -> None:
         """Open (or create) the journal; raises RunUnusable where the file is of another format or missing to read."""
-        path = run_dir / "state.db"
+        self._path = path = run_dir / "state.db"
         if read_only and not path.is_file():
+            if (run_dir / UNFINISHED_BACKUP).exists():
+                raise RunUnusable(f"{run_dir} is a backup that did not come to its end; give its `dipaco backup` again")
             raise RunUnusable(f"{run_dir} is not a run directory: it holds no state.db")
         self._connection = sqlite3.connect(
             f"file:{path}{'?mode=ro' if read_only else ''}", uri=True, isolation_level=None, check_same_thread=False
@@ -64,6 +69,8 @@ class Journal:
             version = self._connection.execute("PRAGMA user_version").fetchone()[0]
         except sqlite3.DatabaseError as error:
             raise RunUnusable(f"{path} is not readable as a run's state: {error}") from None
+        if not read_only:
+            self._check_whole(path)
         if version == 0 and not read_only:
             self._create()
         elif version not in READABLE:
@@ -72,9 +79,19 @@ class Journal:
                 "use the version that made it, or another --run-dir"
             )
         if not read_only:
+            self._connection.execute("PRAGMA journal_mode=WAL")
             self._connection.execute("PRAGMA synchronous=FULL")
             if version not in (0, FORMAT):
                 self._connection.execute(f"PRAGMA user_version={FORMAT}")
+
+    def _check_whole(self, path: Path) -> None:
+        try:
+            found = self._connection.execute("PRAGMA quick_check(1)").fetchone()[0]
+        except sqlite3.DatabaseError as error:
+            found = str(error)
+        if found != "ok":
+            self._connection.close()
+            raise RunUnusable(_damaged(path, found.splitlines()[-1]))
 
     def _create(self) -> None:
         self._connection.execute("PRAGMA journal_mode=WAL")
@@ -110,28 +127,51 @@ class Journal:
 
     def rows(self) -> Iterator[Row]:
         """All rows, in the order in which they were first stored."""
-        for kind, body in self._connection.execute("SELECT kind, body FROM rows ORDER BY rowid"):
-            yield _decode(kind, json.loads(body))
+        with self._whole():
+            for kind, body in self._connection.execute("SELECT kind, body FROM rows ORDER BY rowid"):
+                yield _decode(kind, json.loads(body))
 
     def metrics(self) -> Iterator[dict[str, Any]]:
         """One record a completed task, in the order of completion."""
-        for (body,) in self._connection.execute("SELECT body FROM metrics ORDER BY id"):
-            yield json.loads(body)
+        with self._whole():
+            for (body,) in self._connection.execute("SELECT body FROM metrics ORDER BY id"):
+                yield json.loads(body)
 
     def has_metric(self, task_id: str) -> bool:
         """Whether the task was completed."""
         found = self._connection.execute("SELECT 1 FROM metrics WHERE task_id = ?", (task_id,)).fetchone()
         return found is not None
 
+    @contextmanager
+    def _whole(self) -> Iterator[None]:
+        """RunUnusable instead of what a damaged file makes of a read."""
+        try:
+            yield
+        except sqlite3.OperationalError:
+            raise
+        except (sqlite3.DatabaseError, json.JSONDecodeError, UnicodeDecodeError, KeyError) as error:
+            raise RunUnusable(_damaged(self._path, str(error))) from None
+
     def meta(self, key: str) -> str | None:
-        found = self._connection.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
+        with self._whole():
+            found = self._connection.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
         return None if found is None else str(found[0])
 
     def set_meta(self, key: str, value: str) -> None:
         self._connection.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, value))
 
+    def forget_meta(self, key: str) -> None:
+        self._connection.execute("DELETE FROM meta WHERE key = ?", (key,))
+
     def close(self) -> None:
         self._connection.close()
+
+
+def _damaged(path: Path, why: str) -> str:
+    return (
+        f"{path} is damaged ({why}); go on from a backup of the run (`dipaco backup` makes them), or start anew in "
+        "another --run-dir"
+    )
 
 
 def _plain(value: Any) -> Any:

@@ -13,14 +13,26 @@ from configs.load import NUMERICS_VERSION, resume_difference, to_yaml
 from configs.schema import Config
 from coordinator.coordinator import Coordinator
 from coordinator.events import EventLog
-from coordinator.journal import Journal, RunLock, RunUnusable
+from coordinator.journal import UNFINISHED_BACKUP, Journal, RunLock, RunUnusable
 from coordinator.recording import Recording
 from coordinator.server import check_listen, start_server
+from model.store import BlobStore
 from protocol.security import load_security
 
 
 class RunPaused(RuntimeError):
     """The run cannot go on without a person: the message holds the reasons."""
+
+
+def check_whole(run_dir: Path) -> None:
+    """Raises RunUnusable for a directory with blobs but no journal: a new run there would be taken for the old one."""
+    blobs = run_dir / "blobs"
+    if not (run_dir / "state.db").exists() and blobs.is_dir() and any(BlobStore(blobs).digests()):
+        if (run_dir / UNFINISHED_BACKUP).exists():
+            raise RunUnusable(f"{run_dir} is a backup that did not come to its end; give its `dipaco backup` again")
+        raise RunUnusable(
+            f"{run_dir} has blobs and no state.db: put that file back from a copy, or take another --run-dir"
+        )
 
 
 def write_config(config: Config, run_dir: Path) -> None:
@@ -41,6 +53,7 @@ def write_config(config: Config, run_dir: Path) -> None:
                     f"{run_dir} was made with another {difference}; only `execution` may change on resume: "
                     "restore the key, or use another --run-dir"
                 )
+        journal.forget_meta("backup")  # from here on it is a run of its own
         journal.set_meta("config", config.model_dump_json())
         journal.set_meta("numerics", str(NUMERICS_VERSION))
         (run_dir / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
@@ -54,19 +67,22 @@ def serve(
     listen: str,
     *,
     insecure: bool = False,
+    verify: bool = False,
     ready: Callable[[str], None] = lambda address: None,
     say: Callable[[str], None] = print,
 ) -> None:
     """Serve a run until it is finished; returns early on SIGINT or SIGTERM, from where a restart goes on.
 
-    `ready` is told the address once workers can connect. Raises RunUnusable, RunPaused, NotAllowed, OSError.
+    `verify`: first read all blobs of a run that goes on, and hold them against their digests. `ready` is told the
+    address once workers can connect. Raises RunUnusable, RunPaused, NotAllowed, OSError.
     """
     check_listen(listen, load_security(run_dir), insecure)  # before anything of the run is written
     run_dir.mkdir(parents=True, exist_ok=True)
     lock = RunLock(run_dir)
     try:
+        check_whole(run_dir)
         write_config(config, run_dir)
-        asyncio.run(_serve_until_signalled(config, run_dir, listen, insecure, ready, say))
+        asyncio.run(_serve_until_signalled(config, run_dir, listen, insecure, ready, say, verify))
     finally:
         lock.release()
 
@@ -78,11 +94,12 @@ async def _serve_until_signalled(
     insecure: bool,
     ready: Callable[[str], None],
     say: Callable[[str], None],
+    verify: bool,
 ) -> None:
     stopped = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stopped.set)
-    await serve_until(stopped, config, run_dir, listen, insecure, ready, say)
+    await serve_until(stopped, config, run_dir, listen, insecure, ready, say, verify=verify)
 
 
 async def serve_until(
@@ -93,14 +110,15 @@ async def serve_until(
     insecure: bool = False,
     ready: Callable[[str], None] = lambda address: None,
     say: Callable[[str], None] = print,
+    verify: bool = False,
 ) -> None:
     """Serve a prepared run directory until the run is over or `stopped` is set; raises what `serve` does."""
     coordinator = Coordinator(config, run_dir, say)
-    log = EventLog(run_dir)
+    log = EventLog(run_dir, config.execution.log_bytes, config.execution.log_files)
     recording = Recording(coordinator, log)
     noting: asyncio.Task[None] | None = None
     try:
-        coordinator.open()
+        coordinator.open(verify=verify, torn_event=log.torn)
         server = await start_server(
             recording,
             listen,

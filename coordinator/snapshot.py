@@ -6,16 +6,24 @@ Reads rows in one pass over the journal, so that it sees a state between two dec
 from __future__ import annotations
 
 import json
+import random
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from configs.schema import Config
 from coordinator.journal import Journal, RunUnusable
+from coordinator.machine import Machine
+from coordinator.pins import NO_LINKS, Pins, pinning
 from coordinator.plan import BASE, MIXTURE, Plan, blob
+from coordinator.references import Reference, referenced_blobs
 from coordinator.state import State
 from coordinator.status import Tally, status_of
 from model.store import BlobStore
 from model.topology import Topology
+
+MAX_ATTEMPTS = 1000
 
 
 class RunSnapshot:
@@ -43,6 +51,45 @@ class RunSnapshot:
             return cls(run_dir, config, State(journal.rows()), list(journal.metrics()))
         finally:
             journal.close()
+
+    @classmethod
+    @contextmanager
+    def held(cls, run_dir: Path) -> Iterator[RunSnapshot]:
+        """The newest state with its blobs, which stay until this is left, whatever the run lets go of meanwhile.
+
+        Where nothing can be held (another owner, a read-only copy) it is what `open` gives. Raises RunUnusable.
+        """
+        with ExitStack() as stack:
+            snapshot = cls.open(run_dir)
+            try:
+                pins = stack.enter_context(pinning(run_dir))
+                snapshot = cls.open_with(run_dir, pins)
+                snapshot.store = BlobStore(pins.root, known_as=run_dir / "blobs")
+            except OSError as error:
+                if error.errno not in NO_LINKS:
+                    raise
+            yield snapshot
+
+    @classmethod
+    def open_with(cls, run_dir: Path, pins: Pins) -> RunSnapshot:
+        """A state all of whose blobs are held by `pins`: the newest, read again where a blob went before it was held.
+
+        What two states in a row name and lack was not let go of by the run: who needs it will be told.
+        """
+        lacked: set[str] = set()
+        for _ in range(MAX_ATTEMPTS):
+            snapshot = cls.open(run_dir)
+            missing = pins.hold(snapshot.blobs())
+            if missing <= lacked:
+                return snapshot
+            lacked = missing
+        raise RunUnusable(f"{run_dir} changes faster than it can be read; try again when it is less busy")
+
+    def blobs(self) -> dict[str, Reference]:
+        """The blobs of this state, without those that only tasks of the past name."""
+        live = self.state.copy()
+        live.forget_tasks(Machine(self.plan, live, random.Random(0)).consumed())
+        return referenced_blobs(live)
 
     @property
     def topology(self) -> Topology:

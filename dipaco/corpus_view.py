@@ -19,8 +19,8 @@ from model.store import BlobStore
 def look(where: Path, *, samples: int, domain: str | None) -> tuple[CorpusSummary, list[SampledDocument]]:
     """Sizes and some documents; raises InvalidConfig, RunUnusable, BadCorpus."""
     if where.is_dir():
-        snapshot = RunSnapshot.open(where)
-        return _look(_manifest(snapshot), snapshot.store, samples, domain)
+        with RunSnapshot.held(where) as snapshot:
+            return _look(_manifest(snapshot), snapshot.store, samples, domain)
     config = load_config(where)
     with tempfile.TemporaryDirectory(prefix="dipaco-corpus-") as scratch:
         store = BlobStore(Path(scratch))

@@ -15,9 +15,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from configs.schema import Execution
 from dipaco.ending import UNFINISHED
+from dipaco.own_log import LogTail
 
 MAX_RESTARTS = 5
+# Reading all blobs of a large run takes its time.
+_VERIFY_PATIENCE_S = 86_400.0
+_LAST_BYTES = 1 << 16
 _LISTENING = re.compile(rb"listening on (\S+)")
 
 
@@ -26,21 +31,27 @@ DIPACO = (sys.executable, "-m", "dipaco")
 
 @dataclass(slots=True)
 class Child:
-    """One `dipaco` process and its log. `arguments` may change before a restart."""
+    """One `dipaco` process and its log, of which it keeps `log_files` of `log_bytes`.
+
+    `arguments` may change before a restart.
+    """
 
     name: str
     arguments: list[str]
     log: Path
     program: Sequence[str] = DIPACO
+    log_bytes: int = Execution.model_fields["log_bytes"].default
+    log_files: int = Execution.model_fields["log_files"].default
     restarts: int = 0
     _process: subprocess.Popen[bytes] | None = None
-    _offset: int = 0
+    _tail: LogTail | None = None
 
     def start(self) -> None:
         """Start it, in a session of its own so that Ctrl-C in the terminal reaches only the one who started it."""
         self.log.parent.mkdir(parents=True, exist_ok=True)
-        self._offset = self.log.stat().st_size if self.log.exists() else 0
-        command = [*self.program, *self.arguments, "--parent", str(os.getpid())]
+        self._tail = LogTail(self.log)
+        rotation = ["--log", f"{self.log}:{self.log_bytes}:{self.log_files}"]
+        command = [*self.program, *self.arguments, "--parent", str(os.getpid()), *rotation]
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
@@ -59,13 +70,12 @@ class Child:
 
     def written(self) -> bytes:
         """What this process has written since its (latest) start."""
-        with self.log.open("rb") as log:
-            log.seek(self._offset)
-            return log.read()
+        return b"" if self._tail is None else self._tail.read()
 
     def last_words(self) -> str:
         """The sentence it ended with, without the prefix that every command puts before it."""
-        lines = [line.strip() for line in self.written().decode(errors="replace").splitlines() if line.strip()]
+        written = self.written()[-_LAST_BYTES:].decode(errors="replace")
+        lines = [line.strip() for line in written.splitlines() if line.strip()]
         told = [line for line in lines if line.startswith("dipaco: ")]
         return (told or lines or [f"{self.name} said nothing"])[-1].removeprefix("dipaco: ")
 
@@ -109,15 +119,19 @@ class LocalRun:
     say: Callable[[str], None]
     join: Path | None = None
     program: Sequence[str] = DIPACO
+    execution: Execution = field(default_factory=Execution)
+    verify: bool = False
     coordinator: Child = field(init=False)
     workers: list[Child] = field(init=False, default_factory=list)
     address: str = ""
 
     def __post_init__(self) -> None:
-        self.coordinator = self._child("coordinator", self._coordinator_arguments("127.0.0.1:0"))
+        first = ["--verify"] if self.verify else []
+        self.coordinator = self._child("coordinator", [*self._coordinator_arguments("127.0.0.1:0"), *first])
 
     def _child(self, name: str, arguments: list[str]) -> Child:
-        return Child(name, arguments, self.run_dir / "logs" / f"{name}.log", self.program)
+        log = self.run_dir / "logs" / f"{name}.log"
+        return Child(name, arguments, log, self.program, self.execution.log_bytes, self.execution.log_files)
 
     def _coordinator_arguments(self, listen: str) -> list[str]:
         return ["coordinator", str(self.config), "--run-dir", str(self.run_dir), "--listen", listen]
@@ -125,7 +139,7 @@ class LocalRun:
     def start(self, patience_s: float = 120.0) -> None:
         """Start the coordinator, wait for its address, start the workers. Raises CoordinatorEnded."""
         self.coordinator.start()
-        deadline = time.monotonic() + patience_s
+        deadline = time.monotonic() + (_VERIFY_PATIENCE_S if self.verify else patience_s)
         while not self.address:
             found = _LISTENING.search(self.coordinator.written())
             if found is not None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.load import experiment_digest, to_yaml
-from configs.schema import Config
+from configs.schema import Config, Execution
 from coordinator.events import read_events
 from coordinator.snapshot import RunSnapshot
 from dipaco import faults
@@ -40,6 +40,9 @@ PLAN, OUTCOME, PICTURE, CONFIG, REFERENCES = (
     "simulated.yaml",
     "references",
 )
+
+
+WHOLE_LOG_BYTES = 1 << 50
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +93,7 @@ def simulate(config: Config, run_dir: Path, wish: Wish, display: Callable[[], Di
         (faults.kills(plan, coordinator=False), wish.min_worker_kills),
         (faults.kills(plan, coordinator=True), wish.min_coordinator_kills),
     ]
-    config = lengthened(config, phase_s(config, wish.workers, usable_cores()), wanted)
+    config = _with_whole_logs(lengthened(config, phase_s(config, wish.workers, usable_cores()), wanted))
     _prepare(run_dir)
     (run_dir / CONFIG).write_text(to_yaml(config), encoding="utf-8")
     (run_dir / PLAN).write_text(faults.write_plan(plan), encoding="utf-8")
@@ -101,6 +104,11 @@ def simulate(config: Config, run_dir: Path, wish: Wish, display: Callable[[], Di
         began_s, ended_s = Simulation(local, plan, wish.workers).carry_out(shown, source.ask)
     outcome = _outcome(config, run_dir, wish, reference, began_s, ended_s)
     return outcome, [*_too_few(outcome, wish), *_write(run_dir, outcome, began_s, ended_s)]
+
+
+def _with_whole_logs(config: Config) -> Config:
+    """The configuration with logs that are never cut: what a simulation came to is read from them."""
+    return config.model_copy(update={"execution": config.execution.model_copy(update={"log_bytes": WHOLE_LOG_BYTES})})
 
 
 def _prepare(run_dir: Path) -> None:
@@ -129,6 +137,7 @@ def _local(config: Path, run_dir: Path, started: int, workers: int, display: Dis
         threads=max(1, usable_cores() // workers),
         worker_memory_bytes=psutil.virtual_memory().available // (workers + 1),
         say=display.say,
+        execution=Execution(log_bytes=WHOLE_LOG_BYTES),
     )
 
 

@@ -45,8 +45,10 @@ def fsync_path(path: Path) -> None:
 class BlobStore:
     """Blobs in one directory. Safe for several threads and processes at once: a blob appears by one rename."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, known_as: Path | None = None) -> None:
+        """`known_as`: where people find these blobs, if elsewhere than in `root`."""
         self.root = Path(root)
+        self._known_as = known_as or self.root
         self._scratch = self.root / "scratch"
         self._scratch.mkdir(parents=True, exist_ok=True)
 
@@ -56,6 +58,10 @@ class BlobStore:
             raise UnknownBlob(f"{digest!r} is not a blob digest: expected 64 lower-case hex digits")
         return self.root / digest
 
+    def known_path(self, digest: str) -> Path:
+        """Where a person finds the blob: for messages."""
+        return self._known_as / self.path(digest).name
+
     def has(self, digest: str) -> bool:
         return self.path(digest).is_file()
 
@@ -64,7 +70,7 @@ class BlobStore:
         try:
             return self.path(digest).stat().st_size
         except FileNotFoundError:
-            raise UnknownBlob(f"blob {digest} is not in {self.root}") from None
+            raise UnknownBlob(f"blob {digest} is not in {self._known_as}") from None
 
     def digests(self) -> Iterator[str]:
         """All blobs, in the order of their digests."""
@@ -100,7 +106,7 @@ class BlobStore:
         """Read the blob again; raises BlobMismatch where its bytes are not the ones it is named by."""
         found, _ = file_digest(self.path(digest))
         if found != digest:
-            raise BlobMismatch(f"blob {digest} in {self.root} holds bytes of digest {found}; delete the file")
+            raise BlobMismatch(f"blob {digest} in {self._known_as} holds bytes of digest {found}; delete the file")
 
     def delete(self, digest: str) -> None:
         """Remove a blob; nothing happens where it is absent."""

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from dipaco.commands.options import ConfigFile, Insecure, Parent, RunDir
+from dipaco.commands.options import ConfigFile, Insecure, Log, Parent, RunDir, Verify
 
 
 def coordinator(
@@ -15,7 +15,9 @@ def coordinator(
     run_dir: RunDir = None,
     listen: Annotated[str, typer.Option(help="HOST:PORT to listen on; port 0 takes a free one.")] = "127.0.0.1:7070",
     insecure: Insecure = False,
+    verify: Verify = False,
     parent: Parent = None,
+    log: Log = None,
 ) -> None:
     """Coordinate a run until it is finished.
 
@@ -26,17 +28,21 @@ def coordinator(
     from coordinator.serving import serve
     from coordinator.snapshot import RunSnapshot
     from dipaco.ending import UNFINISHED, say_wrong
+    from dipaco.own_log import rotate_own_output, rotation
     from dipaco.parent import stop_without
 
     loaded = load_config(config)
     directory = run_dir or Path("runs") / loaded.name
     if parent is not None:
         stop_without(parent)
+    if log is not None:
+        rotate_own_output(*rotation(log))
     serve(
         loaded,
         directory,
         listen,
         insecure=insecure,
+        verify=verify,
         ready=lambda address: _say(f"run {loaded.name} in {directory}, listening on {address}"),
         say=_say,
     )

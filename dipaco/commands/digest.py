@@ -24,8 +24,8 @@ def digest(
     from coordinator.snapshot import RunSnapshot
     from dipaco.run_digest import run_digest
 
-    snapshot = RunSnapshot.open(run)
-    found = run_digest(snapshot, everything=everything)
+    with RunSnapshot.held(run) as snapshot:
+        found = run_digest(snapshot, everything=everything)
     if as_json:
         typer.echo(json.dumps({"run": snapshot.config.name, "digest": found, "all": everything}))
     else:

@@ -29,7 +29,8 @@ def evaluate(
     from coordinator.snapshot import RunSnapshot
     from dipaco.evaluation import evaluate_run
 
-    found = evaluate_run(RunSnapshot.open(run), data=data, routes=route)
+    with RunSnapshot.held(run) as snapshot:
+        found = evaluate_run(snapshot, data=data, routes=route)
     if as_json:
         typer.echo(json.dumps(found))
         return

@@ -32,16 +32,16 @@ def generate(
     from dipaco.examples import EXAMPLE_PROMPTS, Wish, continuations
     from inference.sampling import Sampling
 
-    snapshot = RunSnapshot.open(run)
     prompts = prompt or list(EXAMPLE_PROMPTS.values())
     wish = Wish(tokens, Sampling(temperature, top_k, seed=seed), every=every, path=path)
-    if as_json:
-        typer.echo(json.dumps([each.as_dict() for each in continuations(snapshot, prompts, wish)]))
-        return
-    from rich.console import Console
+    with RunSnapshot.held(run) as snapshot:
+        if as_json:
+            typer.echo(json.dumps([each.as_dict() for each in continuations(snapshot, prompts, wish)]))
+            return
+        from rich.console import Console
 
-    from dipaco.table import example_text
+        from dipaco.table import example_text
 
-    console = Console()
-    for each in continuations(snapshot, prompts, wish):
-        console.print(example_text(each), soft_wrap=True)
+        console = Console()
+        for each in continuations(snapshot, prompts, wish):
+            console.print(example_text(each), soft_wrap=True)

@@ -17,4 +17,8 @@ Insecure = Annotated[
     bool,
     typer.Option("--insecure", help="No TLS and no token, even off loopback: anyone who can connect can take part."),
 ]
+Verify = Annotated[
+    bool, typer.Option("--verify", help="Before it goes on, read every blob again and hold it against its digest.")
+]
+Log = Annotated[str | None, typer.Option(hidden=True, help="FILE:BYTES:FILES of the log that standard output is.")]
 Parent = Annotated[int | None, typer.Option(hidden=True, help="Leave when the process of this id is gone.")]

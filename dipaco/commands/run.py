@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dipaco.commands.options import ConfigFile, Json, RunDir
+from dipaco.commands.options import ConfigFile, Json, RunDir, Verify
 
 if TYPE_CHECKING:
     from configs.schema import Config
@@ -20,6 +20,7 @@ def run(
         int | None, typer.Option(min=1, help="Worker processes to start here; one for each core it may use by default.")
     ] = None,
     run_dir: RunDir = None,
+    verify: Verify = False,
     as_json: Json = False,
 ) -> None:
     """Carry out a whole run on this machine, and report.
@@ -37,7 +38,7 @@ def run(
     count = workers or usable_cores()
     try:
         with no_room_at(directory):
-            _carry_out(config, loaded, directory, count, quiet=as_json)
+            _carry_out(config, loaded, directory, count, verify=verify, quiet=as_json)
     except Stopped:
         again = f"dipaco run {config} --workers {count}" + (f" --run-dir {run_dir}" if run_dir else "")
         say_wrong(f"stopped; nothing that was finished is lost, and `{again}` continues where it was")
@@ -46,7 +47,7 @@ def run(
         _report(directory, as_json)
 
 
-def _carry_out(path: Path, config: Config, directory: Path, workers: int, *, quiet: bool) -> None:
+def _carry_out(path: Path, config: Config, directory: Path, workers: int, *, verify: bool, quiet: bool) -> None:
     import psutil
 
     from dipaco.asking import StatusSource
@@ -68,6 +69,8 @@ def _carry_out(path: Path, config: Config, directory: Path, workers: int, *, qui
         worker_memory_bytes=psutil.virtual_memory().available // (workers + 1),
         say=shown.say,
         join=join if join.is_file() else None,
+        execution=config.execution,
+        verify=verify,
     )
     with StatusSource(local.join) as source:
         carry_out(local, shown, source.ask)
