@@ -10,7 +10,7 @@ import json
 import os
 import sqlite3
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import IO, Any
@@ -165,6 +165,28 @@ class Journal:
 
     def close(self) -> None:
         self._connection.close()
+
+
+def copy_journal(run_dir: Path, into: Path) -> None:
+    """Copy the journal of a run that may go on, as it stands between two decisions, in one file without a WAL."""
+    with (
+        closing(sqlite3.connect(f"file:{run_dir / 'state.db'}?mode=ro", uri=True)) as source,
+        closing(sqlite3.connect(into / "state.db", isolation_level=None)) as copy,
+    ):
+        source.backup(copy)
+        copy.execute("PRAGMA journal_mode=DELETE")
+
+
+def mark_copy(path: Path, key: str, value: str) -> None:
+    """Note something in a copied journal, without making it one that is written to."""
+    with closing(sqlite3.connect(path, isolation_level=None)) as copy:
+        copy.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, value))
+
+
+def fold(path: Path) -> None:
+    """Bring what stands beside a database (its WAL) into it, so that the one file is all of it."""
+    with closing(sqlite3.connect(path, isolation_level=None)) as database:
+        database.execute("PRAGMA journal_mode=DELETE")
 
 
 def _damaged(path: Path, why: str) -> str:

@@ -164,6 +164,7 @@ FLAGS = {
     "evaluate": {"--data", "--route", "--json"},
     "generate": {"--prompt", "--tokens", "--temperature", "--top-k", "--seed", "--every", "--path", "--json"},
     "digest": {"--all", "--json"},
+    "backup": {"--json"},
     "corpus": {"--samples", "--domain", "--json"},
     "simulate": {
         "--workers",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typer
 
+from dipaco.commands.backup import backup
 from dipaco.commands.certs import certs
 from dipaco.commands.coordinator import coordinator
 from dipaco.commands.corpus import corpus
@@ -23,5 +24,5 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for command in (run, coordinator, worker, certs, status, evaluate, generate, digest, corpus, simulate):
+for command in (run, coordinator, worker, certs, status, evaluate, generate, digest, corpus, simulate, backup):
     app.command()(command)
