@@ -16,6 +16,7 @@ import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from coordinator.descriptors import MAX_STREAMS, max_connections, raise_open_files
 from coordinator.handlers import Handlers
 from coordinator.service import BlobService, CoordinatorService
 from protocol import dipaco_pb2 as pb
@@ -36,7 +37,7 @@ _OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.http2.max_ping_strikes", 0),
     ("grpc.server_handshake_timeout_ms", 20_000),  # a connection that says nothing goes again
     ("grpc.max_connection_idle_ms", 600_000),
-    ("grpc.max_concurrent_streams", 100),  # calls at once on one connection; a worker has three
+    ("grpc.max_concurrent_streams", MAX_STREAMS),
 )
 
 
@@ -78,7 +79,8 @@ async def start_server(
     assert 0 < chunk_bytes <= MAX_CHUNK_BYTES
     address = check_listen(listen, security, insecure)
     interceptors = [ErrorInterceptor(), *([TokenInterceptor(security)] if security else [])]
-    server = grpc.aio.server(interceptors=interceptors, options=_OPTIONS)
+    bound = ("grpc.max_allowed_incoming_connections", max_connections(raise_open_files()))
+    server = grpc.aio.server(interceptors=interceptors, options=(*_OPTIONS, bound))
     pb_grpc.add_CoordinatorServicer_to_server(CoordinatorService(handlers, chunk_bytes), server)
     pb_grpc.add_BlobExchangeServicer_to_server(BlobService(handlers, chunk_bytes), server)
     services = [service.full_name for service in pb.DESCRIPTOR.services_by_name.values()]

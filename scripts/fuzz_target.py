@@ -44,14 +44,15 @@ def fuzzed_config(folder: Path, phases: int) -> Config:
 
 
 class Target:
-    """One run in `folder`, from its start to its end."""
+    """One run in `folder`, from its start to its end; its coordinator may open so many files at the most."""
 
-    def __init__(self, folder: Path, phases: int) -> None:
+    def __init__(self, folder: Path, phases: int, open_files: int | None = None) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.run_dir, self._log, self._folder = folder / "run", folder / "coordinator.log", folder
         self._config = folder / "config.yaml"
         config = fuzzed_config(folder, phases)
         self._config.write_text(to_yaml(config), encoding="utf-8")
+        self._limited = [] if open_files is None else ["sh", "-c", f'ulimit -n {open_files}; exec "$@"', "sh"]
         self.num_tasks = phases * 2
         self.address = ""
         self._read_bytes = 0
@@ -63,7 +64,11 @@ class Target:
         command = [sys.executable, "-m", "dipaco", "coordinator", str(self._config), "--run-dir", str(self.run_dir)]
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
-                [*command, "--listen", "127.0.0.1:0"], cwd=ROOT, stdout=log, stderr=log, stdin=subprocess.DEVNULL
+                [*self._limited, *command, "--listen", "127.0.0.1:0"],
+                cwd=ROOT,
+                stdout=log,
+                stderr=log,
+                stdin=subprocess.DEVNULL,
             )
         try:
             self._await_address()
