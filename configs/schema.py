@@ -173,6 +173,16 @@ class OuterConfig(Section):
     learning_rate: Annotated[float, Field(gt=0)] = 0.7
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     rescale: Literal["none", "sqrt"] = "none"
+    # How the contributions to a module become one outer gradient, where there are at least three; else it is the mean.
+    average: Literal["mean", "trimmed_mean", "median"] = "mean"
+    # Of trimmed_mean: the share of the weight that is left out at each end of every coordinate.
+    trim_share: Annotated[float, Field(gt=0, lt=0.5)] = 0.2
+
+    @model_validator(mode="after")
+    def _one_contribution_is_not_averaged(self) -> OuterConfig:
+        if self.kind == "assign" and self.average != "mean":
+            raise ValueError(f"outer.average {self.average!r} is for kind 'nesterov'; 'assign' takes one contribution")
+        return self
 
 
 class ShardingConfig(Section):
@@ -336,6 +346,17 @@ class Experiment(Section):
             raise ValueError(f"sharding.kind 'all' makes one shard, but the topology trains {num_shards}")
         if self.outer.kind == "assign" and num_shards != 1:
             raise ValueError(f"outer.kind 'assign' takes one contribution, but the topology trains {num_shards} shards")
+        most = num_shards // min(
+            level.modules if isinstance(level.modules, int) else num_paths for level in self.topology.levels
+        )
+        if self.outer.average != "mean" and most < 3:
+            raise ValueError(
+                f"outer.average {self.outer.average!r} needs a module with at least 3 contributions; in this topology "
+                f"none has more than {most}: add replicas or paths, or use mean"
+            )
+        for baseline in self.baselines:
+            if baseline.outer.average != "mean":
+                raise ValueError(f"baseline {baseline.name!r} has one contribution; its outer.average must be mean")
         if self.sharding.prefix_tokens >= self.model.sequence_length:
             raise ValueError("sharding.prefix_tokens must be below model.sequence_length")
         names = [baseline.name for baseline in self.baselines]

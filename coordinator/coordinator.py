@@ -37,6 +37,7 @@ from coordinator.machine import CHECKPOINT, Machine
 from coordinator.plan import Plan
 from coordinator.recovery import Findings, recover_store
 from coordinator.references import blobs_in, referenced_blobs
+from coordinator.robust import robust_average
 from coordinator.room import Room
 from coordinator.spool import Spool
 from coordinator.state import Standing, State, Task
@@ -409,7 +410,7 @@ class Coordinator:
         topology = self._plan.topology(model)
         for module_id in topology.modules_of_path(topology.path_of_shard(shard)):
             weights = self._plan.contribution_weights(self._machine.state, model, module_id)
-            if len(weights) > 1:
+            if len(weights) > 1 and robust_average(self._plan.outer(model), len(weights)) is None:
                 path, key = self._store.path(outputs[module_id].digest), (model, module_id)
                 order, weight = list(weights), weights[shard]
                 add = asyncio.to_thread(self._executor.add, key, task.phase, order, shard, weight, path)

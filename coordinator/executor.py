@@ -3,7 +3,8 @@
 Memory is a few chunks, whatever the size of the module and the number of contributions; files are read, not mapped, so
 that nothing lingers in the resident set. The contiguous prefix of a module's contributions is summed as they arrive
 (DiPaCo, 2403.10616, Sec 3.3: online accumulation), in shard order all the same: the result has the bits of a sum taken
-at the end. Sums are scratch: after a restart the step reads every contribution again.
+at the end. Sums are scratch: after a restart the step reads every contribution again. Robust averages have no sums: the
+step reads the same chunk of every contribution at once, in chunks that are smaller by their number.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import numpy as np
 from configs.schema import OuterConfig
 from coordinator.outer import Chunk, NoContributions, add_weighted, gradient_scale, nesterov_step, squared_norm
 from coordinator.partial_sum import CHUNK_ELEMENTS, Contribution, FlatFile, PartialSum, chunk_spans
+from coordinator.robust import Average, robust_average
 from model import tensor_file
 from model.layout import ModuleSpec, TensorSpec
 from model.store import BlobStore
@@ -61,6 +63,21 @@ class _Gradient:
         return scaled
 
 
+class _RobustGradient:
+    """The outer gradient of a step, chunk by chunk, as a coordinate-wise average that a few wrong ones do not move."""
+
+    def __init__(self, spec: ModuleSpec, contributions: Sequence[Contribution], scale: float, average: Average) -> None:
+        self._weights = [weight for weight, _ in contributions]
+        self._outer_gradients = [FlatFile(path, spec.tensors) for _, path in contributions]
+        self._scale = np.float32(scale)
+        self._average = average
+
+    def read(self, first: int, count: int) -> Chunk:
+        chunks = np.stack([outer_gradient.read(first, count) for outer_gradient in self._outer_gradients])
+        averaged: Chunk = self._average(chunks, self._weights) * self._scale
+        return averaged
+
+
 def _is_prefix(partial: PartialSum, spec: ModuleSpec, contributions: Sequence[Contribution]) -> bool:
     summed = partial.contributions
     return bool(summed) and partial.tensors == spec.tensors and summed == list(contributions[: len(summed)])
@@ -83,7 +100,12 @@ def step_module(
     Raises TensorMismatch for files that do not hold the module's tensors, NoContributions, and NonFiniteStep.
     """
     scale = gradient_scale(len(contributions), outer.rescale)
-    gradient = _Gradient(spec, contributions, scale, partial)
+    average = robust_average(outer, len(contributions))
+    if average is None:
+        gradient: _Gradient | _RobustGradient = _Gradient(spec, contributions, scale, partial)
+    else:
+        gradient = _RobustGradient(spec, contributions, scale, average)
+        chunk_elements = max(1, chunk_elements // len(contributions))
     old_params = FlatFile(params, spec.tensors)
     old_momentum = FlatFile(momentum, spec.tensors) if momentum is not None else None
     squares = 0.0

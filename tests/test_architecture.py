@@ -127,6 +127,7 @@ def test_the_state_machine_has_no_socket_file_thread_or_clock() -> None:
         "stage_steps",
         "status",
         "outer",
+        "robust",
     ):
         roots = {each.partition(".")[0] for each in imported(REPOSITORY / "coordinator" / f"{name}.py")}
         assert not roots & forbidden, f"coordinator/{name}.py imports {roots & forbidden}"

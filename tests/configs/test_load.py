@@ -115,11 +115,29 @@ def test_a_misspelt_key_is_named_rather_than_the_one_it_leaves_missing() -> None
     [
         ("experiment/evaluation/routes", ["every:0"], r"experiment\.evaluation\.routes\[0\]"),
         ("execution/heartbeat_s", 15.0, r"lease_s \(12\) must be at least 3 times heartbeat_s \(15\)"),
+        (
+            "experiment/outer/average",
+            "median",
+            r"'median' needs a module with at least 3 .* has more than 2: add replicas",
+        ),
+        ("experiment/outer", {"average": "trimmed_mean", "trim_share": 0.5}, r"trim_share is 0\.5"),
+        ("experiment/baselines/0/outer/average", "median", r"'median' is for kind 'nesterov'; 'assign' takes one"),
+        ("experiment/baselines/1/outer/average", "median", r"'dense-nesterov' has one contribution; .* must be mean"),
+        ("execution/audit_share", 1.5, r"audit_share is 1\.5"),
+        ("execution/quarantine_factor", 1.0, r"quarantine_factor is 1\.0"),
     ],
 )
 def test_what_could_never_go_well_is_refused_before_the_start(key: str, value: Any, sentence: str) -> None:
     with pytest.raises(InvalidConfig, match=sentence):
         parse_config(changed(key, value), "changed.yaml")
+
+
+def test_a_robust_average_is_taken_where_a_module_has_three_contributions_and_changes_the_digest() -> None:
+    mean = parse_config(changed("experiment/topology/replicas", 2), "x.yaml")
+    text = to_yaml(mean).replace("average: mean", "average: median", 1)
+    median = parse_config(text, "x.yaml")
+    assert median.experiment.outer.average == "median"
+    assert experiment_digest(median, {}) != experiment_digest(mean, {})
 
 
 def test_a_missing_or_unreadable_file_is_named(tmp_path: Path) -> None:
@@ -159,6 +177,9 @@ def test_only_the_experiment_and_what_it_read_decide_the_digest() -> None:
     [
         ("execution/lease_s", 99.0, None),
         ("name", "other", None),
+        ("execution/audit_share", 0.1, None),
+        ("experiment/topology/replicas", 2, "experiment.topology.replicas"),
+        ("experiment/outer/rescale", "none", "experiment.outer.rescale"),
         ("experiment/inner/learning_rate", 1.0, "experiment.inner.learning_rate"),
         ("experiment/stages/2/phases", 13, "experiment.stages[2].phases"),
         ("experiment/baselines", [], "experiment.baselines"),

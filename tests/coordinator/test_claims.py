@@ -36,7 +36,7 @@ def config_with(phases: int = 3, **execution: Any) -> Config:
 
 
 class Crew(Driver):
-    """A driver of workers with names, with norms (`scales`, by name; else 1) and lies (by name: of what their bits are)."""
+    """A driver of workers with names, norms (`scales`, by name; else 1) and lies (by name: of what their bits are)."""
 
     def __init__(self, config: Config, seed: int = 0, names: str = "") -> None:
         self.lies: dict[str, str] = {}

@@ -15,6 +15,7 @@ from configs.schema import OuterConfig
 from coordinator.executor import Executor, NonFiniteStep, StepOutcome, distance, step_module
 from coordinator.outer import Chunk, NoContributions, add_weighted, contribution_weights, nesterov_step
 from coordinator.partial_sum import Contribution, PartialSum
+from coordinator.robust import weighted_median, weighted_trimmed_mean
 from model import tensor_file
 from model.layout import ModuleSpec, TensorSpec
 from model.store import BlobStore, UnknownBlob
@@ -217,6 +218,44 @@ def test_sqrt_rescale_multiplies_the_outer_gradient(
     assert rescaled.params != plain.params
 
 
+ROBUST = [OuterConfig(average="median"), OuterConfig(average="trimmed_mean", trim_share=0.3, rescale="sqrt")]
+
+
+@pytest.mark.parametrize("outer", ROBUST, ids=["median", "trimmed_mean"])
+@pytest.mark.parametrize("chunk_elements", [1, 4, 21, 1000])
+def test_robust_averages_take_the_place_of_the_mean(
+    store: BlobStore, params: Path, contributions: list[Contribution], outer: OuterConfig, chunk_elements: int
+) -> None:
+    stacked = np.stack([_random(shard) for shard in range(4)])
+    averaged = weighted_median(stacked, WEIGHTS)
+    if outer.average == "trimmed_mean":
+        averaged = weighted_trimmed_mean(stacked, WEIGHTS, 0.3) * np.float32(2.0)
+    stepped, momentum = nesterov_step(_random(100), None, averaged, outer.learning_rate, outer.momentum)
+    outcome = _step(store, params, contributions, outer=outer, chunk_elements=chunk_elements)
+    assert outcome.momentum is not None
+    assert outcome.params[0] == _put(store, stepped).name
+    assert outcome.momentum[0] == _put(store, momentum).name
+
+
+@pytest.mark.parametrize("outer", ROBUST, ids=["median", "trimmed_mean"])
+def test_a_huge_contribution_does_not_move_a_robust_step_far(
+    store: BlobStore, params: Path, contributions: list[Contribution], outer: OuterConfig
+) -> None:
+    weights = contribution_weights([1, 1, 1, 1])
+    honest = [(weight, path) for weight, (_, path) in zip(weights, contributions, strict=True)]
+    lying = [*honest[:3], (weights[3], _put(store, np.full(22, 1e30)))]
+    bound = 22**0.5 * float(np.max(np.abs([_random(shard) for shard in range(4)]))) * 2.0
+    assert _step(store, params, lying, outer=outer).outer_gradient_norm < bound
+    assert _step(store, params, lying).outer_gradient_norm > 1e29
+
+
+def test_two_contributions_are_averaged_as_a_mean(
+    store: BlobStore, params: Path, contributions: list[Contribution]
+) -> None:
+    two = contributions[:2]
+    assert _step(store, params, two, outer=OuterConfig(average="median")).params == _step(store, params, two).params
+
+
 def test_assign_takes_the_contribution_as_it_is(store: BlobStore, tmp_path: Path, params: Path) -> None:
     end = _put(store, _random(1))
     blobs = set(store.digests())
@@ -269,9 +308,10 @@ def test_distance_is_the_norm_of_the_difference(store: BlobStore) -> None:
     assert distance(SPEC, start, end, chunk_elements=5) == pytest.approx(2.0 * 22**0.5)
 
 
+@pytest.mark.parametrize("average", ["mean", "trimmed_mean", "median"])
 @pytest.mark.parametrize("num_contributions", [2, 16])
 def test_memory_is_a_few_chunks_whatever_the_module_and_the_contributions(
-    store: BlobStore, tmp_path: Path, num_contributions: int
+    store: BlobStore, tmp_path: Path, num_contributions: int, average: Any
 ) -> None:
     """8 MiB of parameters in chunks of 64 KiB: the peak stays below a megabyte."""
     spec = ModuleSpec("0.0", (TensorSpec("w", (2048, 1024)),))
@@ -280,9 +320,9 @@ def test_memory_is_a_few_chunks_whatever_the_module_and_the_contributions(
     executor = Executor(store, tmp_path / "sums", chunk_elements=16 * 1024)
     weight = 1.0 / num_contributions
     tracemalloc.start()
-    for shard in range(num_contributions // 2):
+    for shard in range(num_contributions // 2 if average == "mean" else 0):
         executor.add(KEY, 0, range(num_contributions), shard, weight, paths[shard])
-    executor.step(KEY, 0, spec, params, None, [(weight, path) for path in paths], OUTER)
+    executor.step(KEY, 0, spec, params, None, [(weight, path) for path in paths], OuterConfig(average=average))
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 1024**2
