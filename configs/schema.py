@@ -379,6 +379,7 @@ class Execution(Section):
     # Seconds from SIGTERM until a worker must be gone, unless it was started with --grace-s.
     grace_s: Annotated[float, Field(ge=0)] = 10.0
     low_disk_bytes: Annotated[int, Field(ge=0)] = 64 * 1024**2
+    require_worker_certificates: bool = False
     log_bytes: Annotated[int, Field(ge=4096)] = 64 * 1024**2
     log_files: Annotated[int, Field(ge=2)] = 8
     quarantine_factor: Annotated[float, Field(gt=1)] | None = 10.0

@@ -1,7 +1,8 @@
 """Starts and stops the coordinator's gRPC server: the two services, health, reflection, and who may listen how.
 
-With certificates traffic is TLS and every call needs the run's token. Without them only loopback is served, unless the
-caller insists. No message limit is raised.
+With certificates traffic is TLS and every call needs the run's token, and where the run requires it a certificate of
+the worker's own (gRPC for Python can require one or not ask for it, nothing between). Without them only loopback is
+served, unless the caller insists. No message limit is raised.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from coordinator.service import BlobService, CoordinatorService
 from protocol import dipaco_pb2 as pb
 from protocol import dipaco_pb2_grpc as pb_grpc
 from protocol.address import Address, parse_address
-from protocol.interceptors import ErrorInterceptor, TokenInterceptor
-from protocol.security import ServerSecurity
+from protocol.interceptors import AdmissionInterceptor, ErrorInterceptor
+from protocol.security import Gate, ServerSecurity
 from protocol.tensors import DEFAULT_CHUNK_BYTES, MAX_CHUNK_BYTES
 
 logger = logging.getLogger(__name__)
@@ -78,7 +79,7 @@ async def start_server(
     """
     assert 0 < chunk_bytes <= MAX_CHUNK_BYTES
     address = check_listen(listen, security, insecure)
-    interceptors = [ErrorInterceptor(), *([TokenInterceptor(security)] if security else [])]
+    interceptors = [ErrorInterceptor(), *([AdmissionInterceptor(Gate(security))] if security else [])]
     bound = ("grpc.max_allowed_incoming_connections", max_connections(raise_open_files()))
     server = grpc.aio.server(interceptors=interceptors, options=(*_OPTIONS, bound))
     pb_grpc.add_CoordinatorServicer_to_server(CoordinatorService(handlers, chunk_bytes), server)
@@ -115,14 +116,21 @@ async def _add_health(server: Any, services: Sequence[str]) -> Any:
     return servicer
 
 
+def _credentials(security: ServerSecurity) -> Any:
+    """TLS with the server's certificate; where workers need one, only with a certificate of the run's CA."""
+    pair = (security.key_pem, security.certificate_pem)
+    if not security.require_certificates:
+        return grpc.ssl_server_credentials([pair])
+    return grpc.ssl_server_credentials([pair], root_certificates=security.ca_pem, require_client_auth=True)
+
+
 def _bind(server: Any, address: Address, security: ServerSecurity | None) -> int:
     """Bind the address; returns the port. Raises CannotListen."""
     try:
         if security is None:
             port = int(server.add_insecure_port(str(address)))
         else:
-            pair = (security.key_pem, security.certificate_pem)
-            port = int(server.add_secure_port(str(address), grpc.ssl_server_credentials([pair])))
+            port = int(server.add_secure_port(str(address), _credentials(security)))
     except RuntimeError:
         port = 0
     if port == 0:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import datetime
 import json
 import signal
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from coordinator.journal import UNFINISHED_BACKUP, Journal, RunLock, RunUnusable
 from coordinator.recording import Recording
 from coordinator.server import check_listen, start_server
 from model.store import BlobStore
+from protocol.expiry import check_server
 from protocol.security import load_security
 
 
@@ -76,7 +78,11 @@ def serve(
     `verify`: first read all blobs of a run that goes on, and hold them against their digests. `ready` is told the
     address once workers can connect. Raises RunUnusable, RunPaused, NotAllowed, OSError.
     """
-    check_listen(listen, load_security(run_dir), insecure)  # before anything of the run is written
+    security = load_security(run_dir, require_certificates=config.execution.require_worker_certificates)
+    check_listen(listen, security, insecure)  # before anything of the run is written
+    if security is not None:
+        for remark in check_server(security.certificate_pem, security.ca_pem, datetime.datetime.now(datetime.UTC)):
+            say(remark)
     run_dir.mkdir(parents=True, exist_ok=True)
     lock = RunLock(run_dir)
     try:
@@ -122,7 +128,7 @@ async def serve_until(
         server = await start_server(
             recording,
             listen,
-            security=load_security(run_dir),
+            security=load_security(run_dir, require_certificates=config.execution.require_worker_certificates),
             insecure=insecure,
             chunk_bytes=config.execution.chunk_bytes,
         )

@@ -9,6 +9,7 @@ from typing import Any
 
 from dipaco.ending import Refused
 from protocol.address import parse_address
+from protocol.credentials import Credentials
 from protocol.errors import Unavailable
 from protocol.joinfile import JoinFile
 from worker.client import WorkerClient
@@ -28,7 +29,7 @@ def address_to_ask(address: str | None, join: Path | None) -> str:
 
 def ask_status(address: str, *, join: Path | None, insecure: bool, patience_s: float) -> dict[str, Any]:
     """The status of the run at an address. Raises BadAddress, BadJoinFile, NotAllowed; Unavailable after a while."""
-    card = None if join is None else JoinFile.read(join)
+    card = None if join is None else Credentials.read(join)
     with WorkerClient(parse_address(address), card, insecure=insecure, patience_s=patience_s) as client:
         return plain(client.status())
 
@@ -37,7 +38,7 @@ class StatusSource:
     """Asks the coordinators of a local run, one after the other as they are restarted, without ever waiting for one."""
 
     def __init__(self, join: Path | None = None) -> None:
-        self._card = None if join is None else JoinFile.read(join)
+        self._card = None if join is None else Credentials.read(join)
         self._client: WorkerClient | None = None
         self._address = ""
 

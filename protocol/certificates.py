@@ -1,16 +1,14 @@
 """The keys of a run: a CA of its own, the coordinator's certificate, and one small join file for its workers.
 
-All of them lie in RUN/certs, keys and join file readable by their owner only. The CA signs nothing but this run's
-coordinator, under a fixed name beside the given ones, so that workers trust it whatever address they reach it by.
+All of them lie in RUN/certs, keys and join file readable by their owner only. The CA signs this run's coordinator,
+under a fixed name beside the given ones, so that workers trust it whatever address they reach it by, and its workers
+(protocol.enrolment).
 """
 
 from __future__ import annotations
 
 import datetime
-import hashlib
 import ipaddress
-import os
-import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,12 +20,26 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from protocol.address import BadAddress
 from protocol.joinfile import JoinFile
-from protocol.security import CERTIFICATE_FILE, COORDINATOR_NAME, JOIN_FILE, KEY_FILE, TOKEN_FILE
+from protocol.keyfile import one_writer, write_key_file
+from protocol.security import (
+    CA_CERTIFICATE_FILE,
+    CA_KEY_FILE,
+    CERTIFICATE_FILE,
+    COORDINATOR_NAME,
+    JOIN_FILE,
+    KEY_FILE,
+    TOKEN_FILE,
+    WORKERS_DIR,
+)
+from protocol.tokens import Tokens, new_token, token_sha256
 
-CA_CERTIFICATE_FILE, CA_KEY_FILE = "ca.pem", "ca.key"
 CA_COMMON_NAME = "dipaco run CA"
 CA_VALID_DAYS, SERVER_VALID_DAYS = 3650, 825
 _CLOCK_SKEW = datetime.timedelta(hours=1)
+
+
+class NoAuthority(ValueError):
+    """A run without the files that its commands on certificates need."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,16 +70,59 @@ def write_certificates(
     """
     names = _alternative_names(hosts)
     now = now or datetime.datetime.now(datetime.UTC)
-    certs_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
-    authority = _load_authority(certs_dir, now) or _new_authority(certs_dir, now)
-    server = _issue_server(authority, names, now)
-    token = _load_token(certs_dir) or secrets.token_urlsafe(32)
-    join = JoinFile(token=token, ca_pem=authority.certificate_pem.decode(), address=address)
-    _write(certs_dir / KEY_FILE, server.key_pem, private=True)
-    _write(certs_dir / CERTIFICATE_FILE, server.certificate_pem)
-    _write(certs_dir / TOKEN_FILE, hashlib.sha256(token.encode()).hexdigest().encode() + b"\n", private=True)
-    _write(certs_dir / JOIN_FILE, join.to_json().encode(), private=True)
+    with one_writer(certs_dir):
+        authority = _authority_to_renew_with(certs_dir, now) or _new_authority(certs_dir, now)
+        server = issue(
+            authority, COORDINATOR_NAME, now, now + datetime.timedelta(days=SERVER_VALID_DAYS), server_names=names
+        )
+        token = _load_token(certs_dir) or new_token()
+        join = JoinFile(token=token, ca_pem=authority.certificate_pem.decode(), address=address)
+        write_key_file(certs_dir / KEY_FILE, server.key_pem, private=True)
+        write_key_file(certs_dir / CERTIFICATE_FILE, server.certificate_pem)
+        write_key_file(certs_dir / JOIN_FILE, join.to_json().encode(), private=True)
+        write_tokens(certs_dir, _tokens_with(certs_dir, token, now))
     return join
+
+
+def rotate_token(certs_dir: Path, overlap_s: float, now: datetime.datetime | None = None) -> JoinFile:
+    """Give the run a new token; the one before admits for `overlap_s` seconds more. Returns the new join file.
+
+    The join files are written first: a process that ends in between has changed nothing for those that have joined.
+    Raises NoAuthority.
+    """
+    now = now or datetime.datetime.now(datetime.UTC)
+    check_made(certs_dir)
+    with one_writer(certs_dir):
+        before = JoinFile.read(certs_dir / JOIN_FILE)
+        join = before.model_copy(update={"token": new_token()})
+        tokens = _tokens_with(certs_dir, before.token, now)
+        write_key_file(certs_dir / JOIN_FILE, join.to_json().encode(), private=True)
+        for path in sorted((certs_dir / WORKERS_DIR).glob("*.json")):
+            own = JoinFile.read(path).model_copy(update={"token": join.token})
+            write_key_file(path, own.to_json().encode(), private=True)
+        write_tokens(certs_dir, tokens.rotated(join.token, now.timestamp() + overlap_s))
+    return join
+
+
+def check_made(certs_dir: Path) -> None:
+    """Raise NoAuthority where the run has no certificates yet."""
+    for name in (CA_CERTIFICATE_FILE, CA_KEY_FILE, TOKEN_FILE, JOIN_FILE):
+        if not (certs_dir / name).is_file():
+            raise NoAuthority(f"{certs_dir} lacks {name}; make the run's certificates first: `dipaco certs RUN`")
+
+
+def write_tokens(certs_dir: Path, tokens: Tokens) -> None:
+    """Replace the token file."""
+    write_key_file(certs_dir / TOKEN_FILE, tokens.text().encode(), private=True)
+
+
+def _tokens_with(certs_dir: Path, token: str, now: datetime.datetime) -> Tokens:
+    """The tokens on file with this one as the current one: replaced ones keep their ends."""
+    path = certs_dir / TOKEN_FILE
+    if not path.is_file():
+        return Tokens(token_sha256(token))
+    tokens = Tokens.parse(path.read_text(encoding="ascii"))
+    return tokens if tokens.current == token_sha256(token) else tokens.rotated(token, now.timestamp())
 
 
 def _alternative_names(hosts: Sequence[str]) -> list[x509.GeneralName]:
@@ -97,7 +152,7 @@ def _name(common_name: str) -> x509.Name:
 
 
 def _builder(
-    subject: str, key: ec.EllipticCurvePrivateKey, now: datetime.datetime, valid_days: int
+    subject: str, key: ec.EllipticCurvePrivateKey, now: datetime.datetime, expires: datetime.datetime
 ) -> x509.CertificateBuilder:
     return (
         x509.CertificateBuilder()
@@ -106,7 +161,7 @@ def _builder(
         .public_key(key.public_key())
         .serial_number(x509.random_serial_number())
         .not_valid_before(now - _CLOCK_SKEW)
-        .not_valid_after(now + datetime.timedelta(days=valid_days))
+        .not_valid_after(expires)
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
     )
 
@@ -128,57 +183,57 @@ def _key_usage(*, signs_certificates: bool) -> x509.KeyUsage:
 def _new_authority(certs_dir: Path, now: datetime.datetime) -> Identity:
     key = ec.generate_private_key(ec.SECP256R1())
     certificate = (
-        _builder(CA_COMMON_NAME, key, now, CA_VALID_DAYS)
+        _builder(CA_COMMON_NAME, key, now, now + datetime.timedelta(days=CA_VALID_DAYS))
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
         .add_extension(_key_usage(signs_certificates=True), critical=True)
         .sign(key, hashes.SHA256())
     )
     authority = Identity(certificate, key)
-    _write(certs_dir / CA_KEY_FILE, authority.key_pem, private=True)
-    _write(certs_dir / CA_CERTIFICATE_FILE, authority.certificate_pem)
+    write_key_file(certs_dir / CA_KEY_FILE, authority.key_pem, private=True)
+    write_key_file(certs_dir / CA_CERTIFICATE_FILE, authority.certificate_pem)
     return authority
 
 
-def _load_authority(certs_dir: Path, now: datetime.datetime) -> Identity | None:
-    """The run's CA where there is one that outlives a new certificate, else None."""
-    certificate_file, key_file = certs_dir / CA_CERTIFICATE_FILE, certs_dir / CA_KEY_FILE
-    if not (certificate_file.is_file() and key_file.is_file()):
+def _authority_to_renew_with(certs_dir: Path, now: datetime.datetime) -> Identity | None:
+    """The run's CA where there is one that outlives a new certificate of the coordinator, else None."""
+    if not ((certs_dir / CA_CERTIFICATE_FILE).is_file() and (certs_dir / CA_KEY_FILE).is_file()):
         return None
-    certificate = x509.load_pem_x509_certificate(certificate_file.read_bytes())
-    key = serialization.load_pem_private_key(key_file.read_bytes(), password=None)
-    if certificate.not_valid_after_utc - now < datetime.timedelta(days=SERVER_VALID_DAYS):
-        return None
+    authority = load_authority(certs_dir)
+    left = authority.certificate.not_valid_after_utc - now
+    return authority if left >= datetime.timedelta(days=SERVER_VALID_DAYS) else None
+
+
+def load_authority(certs_dir: Path) -> Identity:
+    """The run's CA."""
+    certificate = x509.load_pem_x509_certificate((certs_dir / CA_CERTIFICATE_FILE).read_bytes())
+    key = serialization.load_pem_private_key((certs_dir / CA_KEY_FILE).read_bytes(), password=None)
     assert isinstance(key, ec.EllipticCurvePrivateKey)
     return Identity(certificate, key)
 
 
-def _issue_server(authority: Identity, names: list[x509.GeneralName], now: datetime.datetime) -> Identity:
+def issue(
+    authority: Identity,
+    name: str,
+    now: datetime.datetime,
+    expires: datetime.datetime,
+    server_names: Sequence[x509.GeneralName] = (),
+) -> Identity:
+    """A certificate of the CA: a server's under `server_names`, and without them one that only a client may show."""
     key = ec.generate_private_key(ec.SECP256R1())
     authority_key = x509.AuthorityKeyIdentifier.from_issuer_public_key(authority.key.public_key())
-    certificate = (
-        _builder(COORDINATOR_NAME, key, now, SERVER_VALID_DAYS)
-        .add_extension(x509.SubjectAlternativeName(names), critical=False)
+    usage = ExtendedKeyUsageOID.SERVER_AUTH if server_names else ExtendedKeyUsageOID.CLIENT_AUTH
+    builder = (
+        _builder(name, key, now, expires)
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         .add_extension(_key_usage(signs_certificates=False), critical=True)
-        .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
+        .add_extension(x509.ExtendedKeyUsage([usage]), critical=False)
         .add_extension(authority_key, critical=False)
-        .sign(authority.key, hashes.SHA256())
     )
-    return Identity(certificate, key)
+    if server_names:
+        builder = builder.add_extension(x509.SubjectAlternativeName(server_names), critical=False)
+    return Identity(builder.sign(authority.key, hashes.SHA256()), key)
 
 
 def _load_token(certs_dir: Path) -> str | None:
     path = certs_dir / JOIN_FILE
     return JoinFile.read(path).token if path.is_file() else None
-
-
-def _write(path: Path, data: bytes, *, private: bool = False) -> None:
-    """Replace the file whole; a private one is never readable by others, not even for a moment."""
-    aside = path.with_name(path.name + ".new")
-    aside.unlink(missing_ok=True)
-    descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600 if private else 0o644)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)

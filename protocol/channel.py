@@ -1,4 +1,4 @@
-"""The way from a worker to a coordinator: TLS and the token from a join file, or plain on loopback.
+"""The way from a worker to a coordinator: TLS (with the worker's certificate, if it has one), or plain on loopback.
 
 Workers only ever dial out, and pings keep the connection alive through NAT. No message limit is raised. Calls are
 retried by worker/client.py, not by the channel, so that there is one place that does.
@@ -11,9 +11,10 @@ from typing import Any
 import grpc
 
 from protocol.address import Address
+from protocol.admission import SCHEME
 from protocol.errors import NotAllowed
 from protocol.joinfile import JoinFile
-from protocol.security import COORDINATOR_NAME, SCHEME
+from protocol.security import COORDINATOR_NAME
 
 # Home routers forget a silent connection after a minute or more: one ping half that often keeps it.
 KEEPALIVE_S = 30
@@ -28,6 +29,10 @@ _OPTIONS: tuple[tuple[str, Any], ...] = (
     ("grpc.enable_retries", 0),
     ("grpc.use_local_subchannel_pool", 1),
 )
+
+
+# Trailing metadata of an answer to a call whose token is about to end: the new one. Over TLS only.
+RENEWED_TOKEN_KEY = "dipaco-token"
 
 
 def open_channel(address: Address, join: JoinFile | None, *, insecure: bool = False) -> Any:
@@ -45,9 +50,16 @@ def open_channel(address: Address, join: JoinFile | None, *, insecure: bool = Fa
             )
         return grpc.insecure_channel(str(address), options=options)
     options.append(("grpc.ssl_target_name_override", COORDINATOR_NAME))
-    return grpc.secure_channel(str(address), grpc.ssl_channel_credentials(join.ca_pem.encode()), options=options)
+    return grpc.secure_channel(str(address), _credentials(join), options=options)
 
 
-def call_metadata(join: JoinFile | None) -> tuple[tuple[str, str], ...]:
-    """What every call carries: the token, where there is a join file."""
-    return () if join is None else (("authorization", SCHEME + join.token),)
+def _credentials(join: JoinFile) -> Any:
+    """TLS that trusts the run's CA alone, and shows the worker's certificate to a coordinator that asks for it."""
+    if join.certificate_pem is None or join.key_pem is None:
+        return grpc.ssl_channel_credentials(join.ca_pem.encode())
+    return grpc.ssl_channel_credentials(join.ca_pem.encode(), join.key_pem.encode(), join.certificate_pem.encode())
+
+
+def call_metadata(token: str) -> tuple[tuple[str, str], ...]:
+    """What every call carries: the token, where there is one."""
+    return (("authorization", SCHEME + token),) if token else ()

@@ -15,9 +15,11 @@ from typing import Any, TypeVar
 import grpc
 
 from protocol.address import Address
-from protocol.channel import call_metadata, open_channel
-from protocol.errors import Unavailable, WaitingForRoom, from_rpc_error
-from protocol.joinfile import JoinFile
+from protocol.admission import certificate_needed
+from protocol.channel import RENEWED_TOKEN_KEY, call_metadata, open_channel
+from protocol.credentials import Credentials
+from protocol.errors import HUNG_UP, NotAllowed, Unavailable, WaitingForRoom, from_rpc_error
+from protocol.handshake import requires_certificate
 from protocol.patience import Patience
 
 T = TypeVar("T")
@@ -31,13 +33,18 @@ class Connection:
     """Connects when it is first used. `say` is told, in one sentence, when a silence starts and when it is over."""
 
     def __init__(
-        self, address: Address, join: JoinFile | None, *, insecure: bool = False, say: Callable[[str], None] = ignore
+        self,
+        address: Address,
+        credentials: Credentials | None,
+        *,
+        insecure: bool = False,
+        say: Callable[[str], None] = ignore,
     ) -> None:
         """Raises NotAllowed where traffic would leave the machine unprotected and `insecure` does not ask for it."""
         self.address = address
-        self.channel = open_channel(address, join, insecure=insecure)
-        self._metadata = call_metadata(join)
-        self._unanswered_plain = join is None
+        self.channel = open_channel(address, None if credentials is None else credentials.join, insecure=insecure)
+        self._credentials = credentials
+        self._unanswered_plain = credentials is None
         self._say = say
         self._silent = False
         self._closed = threading.Event()
@@ -47,17 +54,18 @@ class Connection:
         """How long one call, or one transfer, is tried (None: no limit)."""
         return Patience(limit_s, self._generator)
 
-    def once(self, method: Callable[..., Any], request: Any, deadline_s: float) -> Any:
+    def once(self, method: Any, request: Any, deadline_s: float) -> Any:
         """One attempt of a call."""
         with self.translated():
-            result = method(request, timeout=deadline_s, metadata=self._metadata)
+            result, call = method.with_call(request, timeout=deadline_s, metadata=call_metadata(self._token))
             self._unanswered_plain = False
+            self._follow_rotation(call)
             return result
 
     def stream(self, method: Callable[..., Any], request: Any, deadline_s: float) -> Generator[Any, None, None]:
         """The messages of one answer that is a stream; closing the generator ends the call."""
         with self.translated():
-            messages = method(request, timeout=deadline_s, metadata=self._metadata)
+            messages = method(request, timeout=deadline_s, metadata=call_metadata(self._token))
             try:
                 yield from messages
             finally:
@@ -68,11 +76,19 @@ class Connection:
         return self.patiently(lambda: self.once(method, request, deadline_s), self.patience(patience_s))
 
     def patiently(self, attempt: Callable[[], T], patience: Patience) -> T:
-        """The attempt's result; while nobody answers, or has no room, it is made again, as long as patience lasts."""
+        """The attempt's result; while nobody answers, or has no room, it is made again, as long as patience lasts.
+
+        Also where the token was refused, and another one is there by now.
+        """
         while True:
+            token = self._token
             try:
                 result = attempt()
+            except NotAllowed as error:
+                if type(error) is not NotAllowed or not self._credentials or not self._credentials.renewed_since(token):
+                    raise
             except (Unavailable, WaitingForRoom) as error:
+                self._check_handshake(error)
                 wait_s = patience.next_wait_s(time.monotonic())
                 if wait_s is None or self._closed.is_set():
                     raise
@@ -95,6 +111,24 @@ class Connection:
             if self._closed.is_set():  # gRPC's answer to a call on a closed channel
                 raise self._was_closed() from None
             raise
+
+    @property
+    def _token(self) -> str:
+        return "" if self._credentials is None else self._credentials.token
+
+    def _follow_rotation(self, call: Any) -> None:
+        """Take over the token that came with an answer. Only TLS brings one: nobody else may replace it."""
+        renewed = dict(call.trailing_metadata() or ()).get(RENEWED_TOKEN_KEY, "")
+        if renewed and self._credentials is not None:
+            self._credentials.renew(str(renewed))
+
+    def _check_handshake(self, error: Exception) -> None:
+        """Raise NotAllowed where the other side hung up because it was shown no certificate."""
+        if self._credentials is None or self._closed.is_set() or not any(sign in str(error) for sign in HUNG_UP):
+            return
+        join = self._credentials.join
+        if join.certificate_pem is None and requires_certificate(self.address, join.ca_pem):
+            raise NotAllowed(certificate_needed(str(self.address))) from None
 
     def close(self) -> None:
         """End the calls under way (they raise Unavailable) and every later one. Any thread may call it."""

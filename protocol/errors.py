@@ -96,8 +96,8 @@ _BY_NAME = {kind.__name__: kind for kind in STATUS_OF}
 # Statuses without a name come from gRPC itself, or from something between the two sides.
 _UNREACHED = ("UNAVAILABLE", "CANCELLED", "DEADLINE_EXCEEDED")
 _CUT_OFF = ("RST_STREAM", "Stream removed", "GOAWAY", "Connection reset")
-# What a client without a join file sees of a side that speaks TLS.
-_HUNG_UP = ("Socket closed", "Connection reset", "connection reset")
+# What a client without a join file sees of a side that speaks TLS, or one without a certificate where one is required.
+HUNG_UP = ("Socket closed", "Connection reset", "connection reset")
 _UNTRUSTED = (
     "CERTIFICATE_VERIFY_FAILED",
     "certificate verify failed",
@@ -145,7 +145,7 @@ def from_rpc_error(error: Any, address: str, *, unanswered_plain: bool = False) 
             f"the certificate of {address} is not signed by the CA of the join file; get the run's newest one"
         )
     if status in _UNREACHED or any(sign in details for sign in _CUT_OFF):
-        hung_up = unanswered_plain and any(sign in details for sign in _HUNG_UP)
+        hung_up = unanswered_plain and any(sign in details for sign in HUNG_UP)
         hint = "; it may require the join file (--join)" if hung_up else ""
         return Unavailable(f"nobody answers at {address} ({details}){hint}")
     if status in ("UNAUTHENTICATED", "PERMISSION_DENIED"):

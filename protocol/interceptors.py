@@ -1,6 +1,6 @@
-"""What every call passes on its way into a server: the token check, and the translation of exceptions into statuses.
+"""What every call passes on its way into a server: the check of token and certificate, and exceptions into statuses.
 
-The order is ErrorInterceptor outside, TokenInterceptor inside, so that a refused token travels like any other refusal.
+The order is ErrorInterceptor outside, AdmissionInterceptor inside, so that a refusal travels like any other.
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ import grpc
 import grpc.aio
 from google.protobuf.message import DecodeError
 
+from protocol.channel import RENEWED_TOKEN_KEY
 from protocol.errors import NAME_KEY, NotAllowed, Refusal, one_line, refusal_of
-from protocol.security import ServerSecurity
+from protocol.peer import peer_of
+from protocol.security import Gate
 from protocol.tasks import MalformedMessage
 
 logger = logging.getLogger(__name__)
@@ -104,33 +106,43 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc, type-a
         return _with_behaviour(handler, _translating(getattr(handler, shape), shape.endswith("stream")))
 
 
-class TokenInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc, type-arg, unused-ignore]
-    """Lets in only calls that carry the run's token; the health service answers anyone."""
+class AdmissionInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc, type-arg, unused-ignore]
+    """Lets in only calls that the gate admits, each anew, on old connections too; the health service answers anyone.
 
-    def __init__(self, security: ServerSecurity) -> None:
-        self._security = security
+    A caller whose token is about to end is told the new one in the trailing metadata of the answer.
+    """
+
+    def __init__(self, gate: Gate) -> None:
+        self._gate = gate
 
     async def intercept_service(self, continuation: Continuation, handler_call_details: Any) -> Any:
         handler = await continuation(handler_call_details)
         if handler is None or handler_call_details.method.startswith(_HEALTH):
             return handler
         presented = dict(handler_call_details.invocation_metadata or ()).get("authorization", "")
-        if self._security.admits(presented):
-            return handler
-        reason = "wrong" if presented else "missing"
-        return _with_behaviour(
-            handler, _refusing(NotAllowed(f"the join token is {reason}; use the run's join file"), handler)
-        )
+        shape = _shape(handler)
+        behaviour = self._guarding(getattr(handler, shape), presented, shape.endswith("stream"))
+        make = getattr(grpc, f"{shape}_rpc_method_handler")
+        return make(behaviour, handler.request_deserializer, handler.response_serializer)
 
+    def _guarding(self, behaviour: Any, presented: str | bytes, streams: bool) -> Any:
+        """The behaviour behind the check."""
 
-def _refusing(error: NotAllowed, handler: Any) -> Any:
-    """A behaviour of the handler's shape that refuses every call."""
+        async def answer(request: Any, context: Any) -> Any:
+            await self._admit(presented, context)
+            return await behaviour(request, context)
 
-    async def refuse(request: Any, context: Any) -> Any:
-        await _abort(context, error)
+        async def answer_stream(request: Any, context: Any) -> AsyncIterator[Any]:
+            await self._admit(presented, context)
+            async for message in behaviour(request, context):
+                yield message
 
-    async def refuse_stream(request: Any, context: Any) -> AsyncIterator[Any]:
-        await _abort(context, error)
-        yield
+        return answer_stream if streams else answer
 
-    return refuse_stream if _shape(handler).endswith("stream") else refuse
+    async def _admit(self, presented: str | bytes, context: Any) -> None:
+        try:
+            renewed = self._gate.check(presented, peer_of(context))
+        except NotAllowed as error:
+            await _abort(context, error)
+        if renewed:
+            context.set_trailing_metadata(((RENEWED_TOKEN_KEY, renewed),))

@@ -19,6 +19,7 @@ from protocol import dipaco_pb2 as pb
 from protocol import dipaco_pb2_grpc as pb_grpc
 from protocol.address import Address
 from protocol.connection import Connection, ignore
+from protocol.credentials import Credentials
 from protocol.errors import CorruptBlob, UnknownWorker
 from protocol.joinfile import JoinFile
 from protocol.patience import Patience
@@ -92,13 +93,14 @@ class WorkerClient:
     def __init__(
         self,
         address: Address,
-        join: JoinFile | None = None,
+        join: JoinFile | Credentials | None = None,
         *,
         insecure: bool = False,
         patience_s: float | None = None,
         say: Callable[[str], None] = ignore,
     ) -> None:
-        self._connection = Connection(address, join, insecure=insecure, say=say)
+        credentials = Credentials(join) if isinstance(join, JoinFile) else join
+        self._connection = Connection(address, credentials, insecure=insecure, say=say)
         self._control = pb_grpc.CoordinatorStub(self._connection.channel)
         self._blobs = pb_grpc.BlobExchangeStub(self._connection.channel)
         self._patience_s = patience_s

@@ -6,6 +6,7 @@ answers, so a coordinator that restarts is waited for, under the same worker id.
 
 from __future__ import annotations
 
+import datetime
 import os
 import shutil
 import socket
@@ -20,8 +21,9 @@ from typing import Protocol
 
 from configs.schema import Config, Experiment
 from protocol.address import parse_address
-from protocol.errors import WIRE_ERRORS, StaleLease, Unavailable, UnknownBlob
-from protocol.joinfile import JoinFile
+from protocol.credentials import Credentials
+from protocol.errors import WIRE_ERRORS, Banned, Forbidden, StaleLease, Unavailable, UnknownBlob
+from protocol.expiry import check_join_file
 from protocol.tasks import BlobRef, Capabilities, Checkpoint, TaskResult, TrainSpec
 from protocol.tensors import UploadHeader
 from worker.cache import BlobCache
@@ -94,17 +96,25 @@ def run_worker(
 ) -> int:
     """Work for the coordinator at `address` until its run is finished or a signal comes; returns the exit code, 0.
 
-    Raises VersionMismatch, NotAllowed, BadAddress, BadJoinFile.
+    Raises VersionMismatch, NotAllowed, BadAddress, BadJoinFile, CertificateEnded.
     """
     os.environ.setdefault("RAYON_NUM_THREADS", str(threads))  # the tokenizer's threads
-    join_file = None if join is None else JoinFile.read(join)
+    credentials = None if join is None else _credentials(join, say)
     target = parse_address(address)
 
     def connect(patience_s: float | None) -> Coordinator:
-        return WorkerClient(target, join_file, insecure=insecure, patience_s=patience_s, say=say)
+        return WorkerClient(target, credentials, insecure=insecure, patience_s=patience_s, say=say)
 
     worker_name = name or f"{socket.gethostname()}:{os.getpid()}"
     return Worker(connect, cache_dir, worker_name, capabilities(threads, memory_bytes), say, grace_s).run()
+
+
+def _credentials(join: Path, say: Say) -> Credentials:
+    """The join file in use by all connections of this worker; says which of its certificates are near their end."""
+    credentials = Credentials.read(join, say)
+    for remark in check_join_file(credentials.join, datetime.datetime.now(datetime.UTC)):
+        say(remark)
+    return credentials
 
 
 @dataclass(frozen=True, slots=True)
@@ -338,7 +348,11 @@ class LeasedTask:
         self._departure.asked.wait(1.0)  # whatever it was, do not try the next task in a hot loop
 
     def _beat(self, steps: int, loss: float, tokens: int) -> Pulse:
-        return self._client.heartbeat(*self._key, steps=steps, loss=loss, tokens=tokens)
+        """One beat; a worker that was shut out has lost its lease, and hears why with its next call."""
+        try:
+            return self._client.heartbeat(*self._key, steps=steps, loss=loss, tokens=tokens)
+        except (Forbidden, Banned):
+            return Pulse(lost=True, lease_s=0.0)
 
 
 def reason_of(error: Exception) -> str:

@@ -55,12 +55,12 @@ def _carry_out(path: Path, config: Config, directory: Path, workers: int, *, ver
     from dipaco.processes import LocalRun
     from dipaco.progress import PlainLines, display
     from dipaco.running import carry_out, is_finished
-    from protocol.security import CERTS_DIR, JOIN_FILE
+    from protocol.security import CERTS_DIR
 
     if is_finished(directory, config):
         return
     shown = PlainLines(to_stderr=True) if quiet else display()
-    join = directory / CERTS_DIR / JOIN_FILE
+    join = _join_file(directory / CERTS_DIR, certified=config.execution.require_worker_certificates)
     local = LocalRun(
         config=path,
         run_dir=directory,
@@ -68,12 +68,23 @@ def _carry_out(path: Path, config: Config, directory: Path, workers: int, *, ver
         threads=max(1, usable_cores() // workers),
         worker_memory_bytes=psutil.virtual_memory().available // (workers + 1),
         say=shown.say,
-        join=join if join.is_file() else None,
+        join=join,
         execution=config.execution,
         verify=verify,
     )
     with StatusSource(local.join) as source:
         carry_out(local, shown, source.ask)
+
+
+def _join_file(certs_dir: Path, *, certified: bool) -> Path | None:
+    """What this machine's own workers join with, where the run has certificates."""
+    from protocol.enrolment import local_join
+    from protocol.security import JOIN_FILE
+
+    general = certs_dir / JOIN_FILE
+    if not general.is_file():
+        return None
+    return local_join(certs_dir) if certified else general
 
 
 def _report(directory: Path, as_json: bool) -> None:

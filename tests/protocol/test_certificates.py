@@ -12,6 +12,7 @@ from cryptography import x509
 
 from protocol.address import BadAddress
 from protocol.certificates import SERVER_VALID_DAYS, write_certificates
+from protocol.errors import NotAllowed
 from protocol.joinfile import BadJoinFile, JoinFile
 from protocol.security import CERTS_DIR, COORDINATOR_NAME, IncompleteCertificates, load_security
 
@@ -37,8 +38,9 @@ def test_secrets_are_their_owners_only(tmp_path: Path) -> None:
     security = load_security(tmp_path)
     assert security is not None
     assert join.token not in repr(join)
-    assert join.token not in security.token_sha256
-    for secret in (security.key_pem.decode(), security.token_sha256):
+    tokens = security.admission.tokens
+    assert join.token not in tokens.text()
+    for secret in (security.key_pem.decode(), tokens.current, join.token):
         assert secret not in repr(security)
 
 
@@ -46,7 +48,7 @@ def test_only_the_token_is_admitted(tmp_path: Path) -> None:
     token = write_certificates(tmp_path / CERTS_DIR, []).token
     security = load_security(tmp_path)
     assert security is not None
-    assert security.admits(f"Bearer {token}")
+    assert security.admission.check(f"Bearer {token}", None, 0.0) == ""
     for presented in (
         "",
         "Bearer ",
@@ -56,7 +58,8 @@ def test_only_the_token_is_admitted(tmp_path: Path) -> None:
         f"Bearer {token[:-1]}",
         b"Bearer \xff",
     ):
-        assert not security.admits(presented)
+        with pytest.raises(NotAllowed, match="missing" if presented == "" else "wrong"):
+            security.admission.check(presented, None, 0.0)
 
 
 def test_renewing_keeps_join_files_valid(tmp_path: Path) -> None:
