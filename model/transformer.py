@@ -61,9 +61,21 @@ def block_diagonal_mask(sequence_index: Int[Tensor, "B T"]) -> Float[Tensor, "B 
     return mask.masked_fill_(same.tril_(), 0.0)[:, None]
 
 
-def _linear(inputs: int, outputs: int) -> nn.Linear:
-    linear: nn.Linear = nn.utils.skip_init(nn.Linear, inputs, outputs, bias=False)  # type: ignore[no-untyped-call]
-    return linear
+class Linear(nn.Linear):
+    """Without bias, and not initialised: a path's weights come from its modules."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs, bias=False)
+
+    def reset_parameters(self) -> None:
+        """Nothing. (Skipping it by way of the meta device would import torch's compiler, for more than a second.)"""
+
+
+class Embedding(nn.Embedding):
+    """Not initialised either."""
+
+    def reset_parameters(self) -> None:
+        """Nothing."""
 
 
 class Attention(nn.Module):
@@ -75,10 +87,10 @@ class Attention(nn.Module):
         self.head_size = config.size_per_head
         self.shares_keys = config.heads != config.num_kv_heads
         queries, keys = config.heads * self.head_size, config.num_kv_heads * self.head_size
-        self.q_proj = _linear(config.hidden_size, queries)
-        self.k_proj = _linear(config.hidden_size, keys)
-        self.v_proj = _linear(config.hidden_size, keys)
-        self.o_proj = _linear(queries, config.hidden_size)
+        self.q_proj = Linear(config.hidden_size, queries)
+        self.k_proj = Linear(config.hidden_size, keys)
+        self.v_proj = Linear(config.hidden_size, keys)
+        self.o_proj = Linear(queries, config.hidden_size)
         self.q_norm = RMSNorm(self.head_size, config.norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(self.head_size, config.norm_eps) if config.qk_norm else None
 
@@ -109,9 +121,9 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.gate_proj = _linear(config.hidden_size, config.intermediate_size)
-        self.up_proj = _linear(config.hidden_size, config.intermediate_size)
-        self.down_proj = _linear(config.intermediate_size, config.hidden_size)
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x: Float[Tensor, "B T H"]) -> Float[Tensor, "B T H"]:
         out: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -139,7 +151,7 @@ class Decoder(nn.Module):
 
     def __init__(self, config: ModelConfig, vocab_size: int) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(vocab_size, config.hidden_size, device="meta").to_empty(device="cpu")
+        self.embed_tokens = Embedding(vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, block) for block in range(config.blocks))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
 
@@ -156,7 +168,7 @@ class PathModel(nn.Module):
         self.vocab_size = vocab_size
         self.checkpoint_activations = False
         self.model = Decoder(config, vocab_size)
-        self.lm_head = None if config.tie_embeddings else _linear(config.hidden_size, vocab_size)
+        self.lm_head = None if config.tie_embeddings else Linear(config.hidden_size, vocab_size)
         cos, sin = rotary_tables(config.sequence_length, config.size_per_head, config.rope_theta)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)

@@ -64,16 +64,20 @@ def applied(numerics: Numerics) -> Iterator[Compute]:
     # cuBLAS reads this when the device is first used; without it products on CUDA may differ from run to run.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     compute = resolve(numerics)
-    threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
-    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    threads, before = torch.get_num_threads(), torch.get_deterministic_debug_mode()
     torch.set_num_threads(numerics.threads)
-    torch.use_deterministic_algorithms(True)
+    # The same as use_deterministic_algorithms, which would import the compiler to tell it, too.
+    torch.set_deterministic_debug_mode("error")
+    if numerics.compile:
+        torch.use_deterministic_algorithms(True)
     # Filling fresh memory with NaN finds reads of it; ours is written before it is read, and the filling costs time.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     try:
         yield compute
     finally:
-        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+        if numerics.compile:
+            torch.use_deterministic_algorithms(False)
+        torch.set_deterministic_debug_mode(before)
         torch.set_num_threads(threads)
 
 
