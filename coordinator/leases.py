@@ -21,9 +21,12 @@ from protocol.errors import StaleLease, UnknownTask, UnknownWorker
 from protocol.tasks import Capabilities, Message
 
 MAX_WORKERS = 4096
+MAX_HOLDERS = 2
 NUMERIC_KINDS = ("FEATURIZE", "TRAIN", "EVALUATE")
 # A heartbeat is overdue after so many intervals at the least, whatever was measured.
 BEATS_MISSED = 1.5
+# The share of a lease after which a silent worker's task is worth a second holder while nothing has been measured.
+UNMEASURED_SHARE = 0.5
 # Steps may stand still for so many measured step times, and so many seconds, before a worker counts as hung.
 STANDSTILL_STEPS, STANDSTILL_S = 3.0, 6.0
 # A backup copy is worth it where the holder needs so many times longer for the rest than another for the whole.
@@ -48,9 +51,9 @@ class Leases:
                 self._begin(task, holder, now)
 
     def _begin(self, task: Task, holder: Holder, now: float) -> None:
-        """A lease starts, or starts over; how soon it is overdue follows from its heartbeats."""
-        ends_s = now + self.execution.lease_s
-        self.state.lifelines[task.task_id, holder.fence] = Lifeline(ends_s, ends_s, now, now)
+        """A lease starts, or starts over: its first heartbeat is awaited like any other."""
+        ends_s, overdue_s = now + self.execution.lease_s, now + self._silence_s(holder.worker_id)
+        self.state.lifelines[task.task_id, holder.fence] = Lifeline(ends_s, overdue_s, now, now)
 
     def prolong(self, seconds: float) -> None:
         """The run stood still for so long: no lease ends, or is overdue, for that."""
@@ -135,6 +138,9 @@ class Leases:
 
     def _granted(self, task: Task, spec: Message, worker: Worker, now: float) -> Lease:
         holder = Holder(worker.worker_id, task.fence + 1)
+        if len(task.holders) == MAX_HOLDERS:
+            longest_silent = min(task.holders, key=lambda each: self.state.lifelines[task.task_id, each.fence].heard_s)
+            task = self._without(task, longest_silent)
         audited, notes = self.claims.chosen(task, worker)
         holders = (*task.holders, holder)
         leased = replace(task, status="leased", holders=holders, fence=holder.fence, audited=audited)
@@ -159,12 +165,19 @@ class Leases:
         return found
 
     def _wants_second_holder(self, task: Task, worker: Worker, now: float) -> bool:
-        """Whether a task with one holder is overdue, or would be done sooner by `worker` from its start."""
-        if len(task.holders) != 1 or task.holders[0].worker_id == worker.worker_id:
+        """Whether a task is overdue with all its holders, or one holder would be done with it later than `worker`.
+
+        Of two overdue holders the one that was silent longest loses its lease.
+        """
+        if _holder(task, worker.worker_id) is not None:
+            return False
+        if self._is_overdue(task, now):
+            return True
+        if len(task.holders) == MAX_HOLDERS:
             return False
         [holder] = task.holders
         lifeline = self.state.lifelines[task.task_id, holder.fence]
-        if lifeline.overdue_s < now or self.claims.wants_another(task, worker):
+        if self.claims.wants_another(task, worker):
             return True
         slow = self.state.workers.get(holder.worker_id)
         if task.kind != "TRAIN" or slow is None or min(slow.step_times.count, worker.step_times.count) < MIN_ARRIVALS:
@@ -237,7 +250,7 @@ class Leases:
         shard = self.state.shards.get(f"{self.state.stages[task.stage].model}/{task.subject}")
         inner_state = shard.inner_state if shard and task.kind == "TRAIN" else None
         misses = inner_state is not None and inner_state.digest not in cached
-        overdue = any(self.state.lifelines[task.task_id, holder.fence].overdue_s < now for holder in task.holders)
+        overdue = bool(task.holders) and self._is_overdue(task, now)
         only_slow = bool(task.holders) and not overdue
         return only_slow, task.phase, not task.claims, failed_here, not overdue, self._stage_order[task.stage], misses
 
@@ -262,12 +275,18 @@ class Leases:
             lifeline.advanced_s, lifeline.steps = now, steps
         worker.steps = steps
         lifeline.heard_s, lifeline.ends_s = now, now + self.execution.lease_s
-        lifeline.overdue_s = min(now + self._silence_s(worker), self._standstill_s(task, lifeline, worker))
+        lifeline.overdue_s = min(now + self._silence_s(worker_id), self._standstill_s(task, lifeline, worker))
         return False, self.execution.lease_s
 
-    def _silence_s(self, worker: Worker) -> float:
-        """How long this worker may say nothing before its task is worth a second holder."""
-        gaps = worker.beats if worker.beats.count >= MIN_ARRIVALS else self.state.beats
+    def _silence_s(self, worker_id: str) -> float:
+        """How long this worker may say nothing before its task is worth a second holder.
+
+        From its own heartbeats, else from those of all; half a lease where nothing has been measured.
+        """
+        worker = self.state.workers.get(worker_id)
+        gaps = worker.beats if worker and worker.beats.count >= MIN_ARRIVALS else self.state.beats
+        if gaps.count < MIN_ARRIVALS:
+            return UNMEASURED_SHARE * self.execution.lease_s
         return gaps.patience_s(BEATS_MISSED * self.execution.heartbeat_s, self.execution.lease_s)
 
     def _standstill_s(self, task: Task, lifeline: Lifeline, worker: Worker) -> float:
@@ -324,9 +343,11 @@ class Leases:
         return Decision(tuple(changed.values()))
 
     def overdue(self, now: float) -> list[str]:
-        """Tasks with one holder that is overdue: workers that wait should ask again."""
-        overdue = {task_id for (task_id, _), lifeline in self.state.lifelines.items() if lifeline.overdue_s < now}
-        return [task_id for task_id in overdue if len(self.state.tasks[task_id].holders) == 1]
+        """Tasks all of whose holders are overdue: workers that wait should ask again."""
+        return [task.task_id for task in self.state.tasks.values() if task.holders and self._is_overdue(task, now)]
+
+    def _is_overdue(self, task: Task, now: float) -> bool:
+        return all(self.state.lifelines[task.task_id, holder.fence].overdue_s < now for holder in task.holders)
 
     def held_task(self, task_id: str, fence: int, worker_id: str | None = None) -> Task:
         """The task of a live lease, which `worker_id` holds if given; raises UnknownTask, StaleLease or Banned."""

@@ -179,7 +179,7 @@ class Worker:
         execution, beat_s = config.execution, welcome.heartbeat_s
         grace_s = execution.grace_s if self._grace_s is None else self._grace_s
         self.departure.grace_s = grace_s
-        pace = Pace(first_s=beat_s, least_s=beat_s / 2) if execution.checkpoints else None
+        pace = Pace(first_s=beat_s / 2, least_s=beat_s / 2) if execution.checkpoints else None
         return Joined(welcome.worker_id, config.experiment, beat_s, grace_s, cache, pace)
 
     def _work(self, joined: Joined) -> None:

@@ -368,6 +368,27 @@ def beating(driver: Driver, worker: str, task: Task, beats: int, steps: int = 0,
         assert not lost
 
 
+def test_a_worker_that_never_beats_is_overdue_like_any_other() -> None:
+    """As soon as the heartbeats of others tell; after half a lease of 10 s while none has been heard."""
+    driver = Driver(make_config())
+    silent = driver.hello("silent")
+    task = driver.lease(silent)
+    assert task is not None
+    driver.now += 4.9
+    assert driver.machine.leases.overdue(driver.now) == []
+    driver.now += 0.2
+    assert driver.machine.leases.overdue(driver.now) == [task.task_id]
+    steady = driver.hello("steady")
+    taken = driver.lease(steady)
+    assert taken is not None
+    beating(driver, steady, taken, 8)
+    driver.complete(steady, taken)
+    other = driver.lease(driver.hello("silent too"))
+    assert other is not None
+    driver.now += 3.1
+    assert other.task_id in driver.machine.leases.overdue(driver.now)
+
+
 def test_an_overdue_task_gets_a_second_holder_and_the_first_complete_wins() -> None:
     driver = Driver(make_config())
     silent, other = driver.hello("silent"), driver.hello("other")
@@ -397,6 +418,14 @@ def test_a_task_has_two_holders_at_most() -> None:
     assert copy is not None
     assert another is not None
     assert copy.task_id == task.task_id != another.task_id
+    driver.complete(names[2], another)
+    driver.now += 9.0  # the second holder has fallen silent, too, and neither lease has ended
+    third = driver.lease(names[2])
+    assert third is not None
+    assert (third.task_id, third.fence) == (task.task_id, copy.fence + 1)
+    with pytest.raises(StaleLease):
+        driver.complete(names[0], task)
+    driver.complete(names[1], copy)
 
 
 def long_tasks() -> Config:
