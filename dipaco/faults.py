@@ -14,7 +14,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Literal, get_args
 
-Action = Literal["start", "kill", "stop", "continue", "terminate"]
+Action = Literal["start", "kill", "stop", "continue", "terminate", "drop", "part", "heal"]
+# What is done to a worker's link to the coordinator, not to its process: dipaco/network.py.
+NETWORK_ACTIONS = ("drop", "part", "heal")
 COORDINATOR = "coordinator"
 HORIZON_S = 6 * 3600.0
 COORDINATOR_RESTART_S = 1.0

@@ -156,18 +156,18 @@ class LocalRun:
         for _ in range(self.num_workers):
             self.add_worker().start()
 
-    def add_worker(self) -> Child:
-        """One more worker, not started yet; the coordinator's address is known by now."""
+    def add_worker(self, address: str = "") -> Child:
+        """One more worker, not started yet; it finds the coordinator at its address, or behind another one."""
         index = len(self.workers)
-        worker = self._child(f"worker-{index}", self._worker_arguments(index))
+        worker = self._child(f"worker-{index}", self._worker_arguments(index, address or self.address))
         self.workers.append(worker)
         return worker
 
-    def _worker_arguments(self, index: int) -> list[str]:
+    def _worker_arguments(self, index: int, address: str) -> list[str]:
         cache = str(self.run_dir / "workers" / str(index))
         shares = ["--threads", str(self.threads), "--memory-bytes", str(self.worker_memory_bytes)]
         trust = [] if self.join is None else ["--join", str(self.join)]
-        return ["worker", self.address, "--cache-dir", cache, "--name", f"worker-{index}", *shares, *trust]
+        return ["worker", address, "--cache-dir", cache, "--name", f"worker-{index}", *shares, *trust]
 
     def watch(self) -> bool:
         """Restart what a signal took away; True once the coordinator has ended well: the run is finished.

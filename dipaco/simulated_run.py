@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,9 @@ from dipaco.asking import StatusSource, plain
 from dipaco.cores import usable_cores
 from dipaco.curves import MissingExtra
 from dipaco.ending import Refused
-from dipaco.faults import Fault, MalformedPlan
+from dipaco.faults import NETWORK_ACTIONS, Fault, MalformedPlan
 from dipaco.lengthening import lengthened, phase_s
+from dipaco.network import Conditions, MalformedNetwork, Network, parse_network, split_plan
 from dipaco.processes import LocalRun
 from dipaco.progress import Display
 from dipaco.run_digest import run_digest
@@ -56,6 +57,7 @@ class Wish:
     compare: bool
     min_worker_kills: int
     min_coordinator_kills: int
+    network: str | None = None
 
 
 def fault_plan(wish: Wish) -> list[Fault]:
@@ -68,12 +70,30 @@ def fault_plan(wish: Wish) -> list[Fault]:
         given = faults.parse_options(options, {"speedup": 1.0, "scale": 1.0})
         found = faults.parse_trace(_read(Path(name)), **given).faults(wish.workers, wish.seed)
     elif kind == "plan":
-        found = faults.parse_plan(_read(Path(rest)), wish.workers)
+        found = faults.parse_plan(split_plan(_read(Path(rest)))[1], wish.workers)
     else:
         raise MalformedPlan(f"--preempt is {wish.preempt!r}; expected poisson:..., trace:FILE or plan:FILE")
     if wish.coordinator_mtbf_s is not None:
         found += faults.coordinator_faults(wish.coordinator_mtbf_s, wish.seed)
+    if wish.network is not None:
+        found += parse_network(wish.network).faults(wish.workers, wish.seed)
     return sorted(found, key=lambda fault: fault.at_s)
+
+
+def conditions_of(wish: Wish, plan: list[Fault]) -> Conditions | None:
+    """The network of --network or of the plan's first line; a plan that disturbs links without one has a perfect one.
+
+    Raises MalformedNetwork and MalformedPlan.
+    """
+    kind, _, rest = wish.preempt.partition(":")
+    planned = split_plan(_read(Path(rest)))[0] if kind == "plan" else None
+    if wish.network is not None:
+        if planned is not None:
+            raise MalformedNetwork(f"{rest} holds a network of its own: leave --network out, or the plan's first line")
+        return Conditions(parse_network(wish.network), wish.seed)
+    if planned is None and any(fault.action in NETWORK_ACTIONS for fault in plan):
+        return Conditions(Network(), wish.seed)
+    return planned
 
 
 def _read(path: Path) -> str:
@@ -89,6 +109,7 @@ def simulate(config: Config, run_dir: Path, wish: Wish, display: Callable[[], Di
     Raises Refused, MalformedPlan, Stopped, CoordinatorEnded, WorkersEnded.
     """
     plan = fault_plan(wish)
+    conditions = conditions_of(wish, plan)
     wanted = [
         (faults.kills(plan, coordinator=False), wish.min_worker_kills),
         (faults.kills(plan, coordinator=True), wish.min_coordinator_kills),
@@ -96,13 +117,16 @@ def simulate(config: Config, run_dir: Path, wish: Wish, display: Callable[[], Di
     config = _with_whole_logs(lengthened(config, phase_s(config, wish.workers, usable_cores()), wanted))
     _prepare(run_dir)
     (run_dir / CONFIG).write_text(to_yaml(config), encoding="utf-8")
-    (run_dir / PLAN).write_text(faults.write_plan(plan), encoding="utf-8")
+    first = conditions.line() if conditions is not None else ""
+    (run_dir / PLAN).write_text(first + faults.write_plan(plan), encoding="utf-8")
     reference = _reference(config, run_dir, wish, display) if wish.compare else {}
     shown = display()
     with StatusSource() as source:
         local = _local(run_dir / CONFIG, run_dir, 0, wish.workers, shown)
-        began_s, ended_s = Simulation(local, plan, wish.workers).carry_out(shown, source.ask)
-    outcome = _outcome(config, run_dir, wish, reference, began_s, ended_s)
+        simulation = Simulation(local, plan, wish.workers, conditions)
+        began_s, ended_s = simulation.carry_out(shown, source.ask)
+    network = None if conditions is None else {"spec": conditions.network.spec, **asdict(simulation.network)}
+    outcome = _outcome(config, run_dir, wish, reference, network, began_s, ended_s)
     return outcome, [*_too_few(outcome, wish), *_write(run_dir, outcome, began_s, ended_s)]
 
 
@@ -154,11 +178,19 @@ def _reference(config: Config, run_dir: Path, wish: Wish, display: Callable[[], 
 
 
 def _outcome(
-    config: Config, run_dir: Path, wish: Wish, reference: Record, began_s: float, ended_s: float
+    config: Config,
+    run_dir: Path,
+    wish: Wish,
+    reference: Record,
+    network: Record | None,
+    began_s: float,
+    ended_s: float,
 ) -> dict[str, Any]:
     snapshot = RunSnapshot.open(run_dir)
     digest = run_digest(snapshot, everything=True)
-    measured = summarise(list(read_events(run_dir)), read_facts(run_dir), snapshot.metrics, began_s, ended_s)
+    measured = summarise(
+        list(read_events(run_dir)), of_processes(read_facts(run_dir)), snapshot.metrics, began_s, ended_s
+    )
     return plain(
         {
             "run": config.name,
@@ -171,10 +203,16 @@ def _outcome(
             "reference_digest": reference.get("reference_digest"),
             "digest_equal": digest == reference["reference_digest"] if reference else None,
             "reference_wall_s": reference.get("reference_wall_s"),
+            "network": network,
             **measured,
             "hardware": hardware(),
         }
     )
+
+
+def of_processes(facts: list[Record]) -> list[Record]:
+    """What was done to processes, without what was done to their links."""
+    return [fact for fact in facts if fact["action"] not in NETWORK_ACTIONS]
 
 
 def _too_few(outcome: Record, wish: Wish) -> list[str]:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from dipaco.curves import MissingExtra
-from dipaco.faults import COORDINATOR
+from dipaco.faults import COORDINATOR, NETWORK_ACTIONS
 from dipaco.simulation import HeldTask, Record, coordinator_absences, held_tasks, up_times
 
 _STYLE = """
@@ -18,7 +18,13 @@ table { border-collapse: collapse; } td { padding: .2rem .8rem; border-bottom: 1
 img { max-width: 100%; }
 """
 COLOURS = {"completed": "#4c9f70", "lost": "#d1495b", "released": "#edae49"}
-MARKS = {"kill": ("x", "black"), "ended": ("x", "red"), "stop": ("s", "purple"), "terminate": ("v", "black")}
+MARKS = {
+    "kill": ("x", "black"),
+    "ended": ("x", "red"),
+    "stop": ("s", "purple"),
+    "terminate": ("v", "black"),
+    "drop": ("|", "blue"),
+}
 
 
 def page(outcome: Record, timeline_png: bytes | None) -> str:
@@ -35,7 +41,8 @@ def page(outcome: Record, timeline_png: bytes | None) -> str:
         f"<!doctype html><html lang='en'><meta charset='utf-8'><title>{name} under faults</title>"
         f"<style>{_STYLE}</style><h1>{name} under faults</h1>\n{picture}\n"
         "<p>Bars: leases (green: completed, red: lost with the worker, yellow: handed back) over the time in which the "
-        "process lived (grey). Marks: x SIGKILL, square SIGSTOP, triangle SIGTERM. Below: workers alive and workers "
+        "process lived (grey). Marks: x SIGKILL, square SIGSTOP, triangle SIGTERM, blue stroke: connections reset, "
+        "blue bar: cut off from the coordinator. Below: workers alive and workers "
         f"with a task.</p>\n<table>{cells}</table></html>\n"
     )
 
@@ -62,6 +69,8 @@ def draw(
         from matplotlib.figure import Figure
     except ImportError:
         raise MissingExtra("the timeline needs matplotlib: pip install 'dipaco[report]'") from None
+    links = [fault for fault in faults if fault["action"] in NETWORK_ACTIONS]
+    marked, faults = faults, [fault for fault in faults if fault["action"] not in NETWORK_ACTIONS]
     alive, _ = up_times(events, faults, ended_s)
     workers = sorted(alive, key=lambda name: int(name.rpartition("-")[2]))
     figure = Figure(figsize=(12.0, 3.0 + 0.35 * len(workers)), layout="constrained")
@@ -72,6 +81,9 @@ def draw(
         for outcome, colour in COLOURS.items():
             of_worker = [h for h in held_tasks(events, faults, metrics, ended_s) if _is(h, worker, outcome)]
             _bars(above, row, [(held.begin_s, held.end_s) for held in of_worker], began_s, colour, height=0.6)
+        _bars(
+            above, row, _cut_off([link for link in links if link["process"] == worker], ended_s), began_s, "blue", 0.1
+        )
     absences = [
         (fault["wall_s"], fault["wall_s"] + seconds)
         for fault, seconds in zip(
@@ -83,7 +95,7 @@ def draw(
     _bars(above, len(workers), [(began_s, ended_s)], began_s, "0.85", height=0.9)
     _bars(above, len(workers), absences, began_s, "white", height=0.9)
     rows = [*workers, COORDINATOR]
-    for fault in faults:
+    for fault in marked:
         if fault["action"] in MARKS:
             mark, colour = MARKS[fault["action"]]
             above.plot(fault["wall_s"] - began_s, rows.index(fault["process"]), mark, color=colour, markersize=6)
@@ -98,12 +110,23 @@ def draw(
     return picture.getvalue()
 
 
+def _cut_off(links: Sequence[Record], ended_s: float) -> list[tuple[float, float]]:
+    """The partitions of one worker; one that nothing ended lasts to the end."""
+    found: list[tuple[float, float]] = []
+    for link in links:
+        if link["action"] == "part":
+            found.append((link["wall_s"], ended_s))
+        elif link["action"] == "heal" and found:
+            found[-1] = (found[-1][0], link["wall_s"])
+    return found
+
+
 def _is(held: HeldTask, worker: str, outcome: str) -> bool:
     return held.worker == worker and held.outcome == outcome
 
 
 def _bars(
-    axes: Any, row: int, intervals: Sequence[tuple[float, float]], began_s: float, colour: str, *, height: float
+    axes: Any, row: int, intervals: Sequence[tuple[float, float]], began_s: float, colour: str, height: float
 ) -> None:
     spans = [(begin - began_s, end - begin) for begin, end in intervals]
     axes.broken_barh(spans, (row - height / 2, height), facecolor=colour, edgecolor="white", linewidth=0.5)

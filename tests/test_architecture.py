@@ -181,6 +181,7 @@ FLAGS = {
         "--workers",
         "--preempt",
         "--coordinator-mtbf",
+        "--network",
         "--seed",
         "--compare",
         "--min-worker-kills",

@@ -29,7 +29,15 @@ def simulate(
     coordinator_mtbf: Annotated[
         float | None, typer.Option(min=0.1, help="Mean seconds between kills of the coordinator; none by default.")
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of the fault plan.")] = 0,
+    network: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SPEC",
+            help="A bad network between the workers and the coordinator: latency=200ms,jitter=50ms,rate=10Mbit,"
+            "loss=5%,drop_mtbf=30,partition_mtbf=120,partition=60 (seconds), each optional.",
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the fault plan and of the network.")] = 0,
     compare: Annotated[
         bool, typer.Option("--compare", help="Also make the undisturbed run, and compare `digest --all`.")
     ] = False,
@@ -63,7 +71,7 @@ def simulate(
 
     loaded = load_config(config)
     directory = run_dir or Path("runs") / f"{loaded.name}-simulation"
-    wish = Wish(workers, preempt, coordinator_mtbf, seed, compare, min_worker_kills, min_coordinator_kills)
+    wish = Wish(workers, preempt, coordinator_mtbf, seed, compare, min_worker_kills, min_coordinator_kills, network)
     if virtual is not None:
         _tell(_virtual_outcome(loaded, wish, virtual), as_json)
         return
@@ -84,10 +92,14 @@ def simulate(
 
 
 def _virtual_outcome(config: Config, wish: Wish, measured: Path) -> dict[str, Any]:
-    from dipaco.simulated_run import fault_plan
+    from dipaco.ending import Refused
+    from dipaco.simulated_run import conditions_of, fault_plan
     from dipaco.virtual_run import measured_costs, simulate_virtually
 
-    return simulate_virtually(config, fault_plan(wish), measured_costs(measured), wish.seed)
+    plan = fault_plan(wish)
+    if conditions_of(wish, plan) is not None:
+        raise Refused("a virtual run has no network to disturb; leave --network (or the plan's first line) out")
+    return simulate_virtually(config, plan, measured_costs(measured), wish.seed)
 
 
 def _tell(outcome: dict[str, Any], as_json: bool) -> None:

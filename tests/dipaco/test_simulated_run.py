@@ -5,11 +5,12 @@ from pathlib import Path
 import pytest
 
 from dipaco.faults import COORDINATOR, Fault, MalformedPlan, Poisson, write_plan
-from dipaco.simulated_run import Wish, fault_plan
+from dipaco.network import Conditions, MalformedNetwork, Network
+from dipaco.simulated_run import Wish, conditions_of, fault_plan, of_processes
 
 
-def wish(preempt: str, coordinator_mtbf_s: float | None = None) -> Wish:
-    return Wish(2, preempt, coordinator_mtbf_s, 3, compare=False, min_worker_kills=0, min_coordinator_kills=0)
+def wish(preempt: str, coordinator_mtbf_s: float | None = None, network: str | None = None) -> Wish:
+    return Wish(2, preempt, coordinator_mtbf_s, 3, False, 0, 0, network)
 
 
 def test_every_kind_of_plan_is_read(tmp_path: Path) -> None:
@@ -38,3 +39,33 @@ def test_the_coordinators_faults_are_woven_in() -> None:
 def test_what_is_no_specification_is_refused_in_a_sentence(preempt: str) -> None:
     with pytest.raises(MalformedPlan, match="--preempt"):
         fault_plan(wish(preempt))
+
+
+def test_the_networks_faults_are_woven_in_and_a_plan_of_them_is_replayed(tmp_path: Path) -> None:
+    asked = wish("poisson:mtbf=600,restart=10", network="latency=0.1,drop_mtbf=50,partition_mtbf=300,partition=5")
+    found = fault_plan(asked)
+    conditions = conditions_of(asked, found)
+    assert conditions == Conditions(Network(0.1, drop_mtbf_s=50.0, partition_mtbf_s=300.0, partition_s=5.0), 3)
+    assert {fault.action for fault in found} == {"start", "kill", "drop", "part", "heal"}
+    plan = tmp_path / "plan.jsonl"
+    plan.write_text(conditions.line() + write_plan(found), encoding="utf-8")
+    again = wish(f"plan:{plan}")
+    assert fault_plan(again) == found
+    assert conditions_of(again, found) == conditions
+    with pytest.raises(MalformedNetwork, match="a network of its own"):
+        conditions_of(wish(f"plan:{plan}", network="latency=1"), found)
+
+
+def test_a_plan_that_disturbs_links_has_a_perfect_network_otherwise(tmp_path: Path) -> None:
+    plan = tmp_path / "plan.jsonl"
+    plan.write_text(write_plan([Fault(1.0, "worker-1", "drop")]), encoding="utf-8")
+    asked = wish(f"plan:{plan}")
+    assert conditions_of(asked, fault_plan(asked)) == Conditions(Network(), 3)
+    assert conditions_of(wish("poisson:mtbf=60,restart=10"), []) is None
+    with pytest.raises(MalformedNetwork, match="--network"):
+        fault_plan(wish("poisson:mtbf=60,restart=10", network="fast"))
+
+
+def test_what_was_done_to_links_is_not_done_to_processes() -> None:
+    facts = [{"process": "worker-0", "action": action} for action in ("start", "part", "drop", "heal", "kill")]
+    assert [fact["action"] for fact in of_processes(facts)] == ["start", "kill"]

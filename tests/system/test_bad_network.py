@@ -1,4 +1,4 @@
-"""A run whose worker has only a bad network, which cuts, stalls and parts, ends with the same bits."""
+"""A run whose worker has only a bad network, which cuts, stalls, delays and parts, ends with the same bits."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.proxy import Faults, Proxy
+from dipaco.network import Network
+from dipaco.relay import Relays
 from tests.small_run import PATIENCE_S, SmallRun, undisturbed_digest
 
 # The run passes about a megabyte, so that connections last for a few calls each.
-CUTS = Faults(cut_after_bytes=(20_000, 120_000), delay_s=0.001, stall_s=0.1)
+CUTS = (20_000, 120_000)
 
 
 @pytest.fixture(scope="module")
@@ -27,23 +28,39 @@ def run(tmp_path: Path) -> SmallRun:
 
 
 def test_connections_that_are_cut_at_random(run: SmallRun, expected: str) -> None:
-    with Proxy(run.address, CUTS, seed=1) as proxy:
-        run.worker(proxy.address).run()
+    with Relays(run.address, Network(latency_s=0.001, loss=0.001), seed=1, cut_after_bytes=CUTS) as relays:
+        run.worker(relays.addresses[0]).run()
         assert run.digest() == expected
-        assert proxy.cuts >= 3
+        assert relays.counts().cut_connections >= 3
+        assert relays.counts().stalls >= 1
 
 
 def test_a_partition_of_three_seconds(run: SmallRun, expected: str) -> None:
-    over = threading.Event()
-    with Proxy(run.address, Faults()) as proxy:
-        worker = run.worker(proxy.address)
+    with Relays(run.address, Network(), seed=0) as relays:
+        worker = run.worker(relays.addresses[0])
         thread = threading.Thread(target=worker.run)
         thread.start()
-        while proxy.passed_bytes < 100_000:
+        while relays.counts().passed_bytes < 100_000:
             assert thread.is_alive()
-            over.wait(0.01)
-        proxy.part(3.0, over.set)
+            thread.join(0.01)
+        relays.part(0)
+        passed = relays.counts().passed_bytes
+        thread.join(3.0)
+        assert thread.is_alive()
+        assert relays.counts().passed_bytes == passed
+        relays.heal(0)
         thread.join(PATIENCE_S)
         assert not thread.is_alive()
-        assert over.is_set()
+        assert relays.counts().partitions == 1
+    assert run.digest() == expected
+
+
+def test_connections_that_are_reset_again_and_again(run: SmallRun, expected: str) -> None:
+    with Relays(run.address, Network(latency_s=0.02, jitter_s=0.01, rate_bits_per_s=20e6), seed=2) as relays:
+        thread = threading.Thread(target=run.worker(relays.addresses[0]).run)
+        thread.start()
+        while thread.is_alive():
+            thread.join(0.5)
+            relays.drop(0)
+        assert relays.counts().cut_connections >= 3
     assert run.digest() == expected

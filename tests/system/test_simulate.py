@@ -9,6 +9,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from coordinator.journal import Journal
 
 PLAN = [
@@ -54,6 +56,60 @@ def test_a_simulation_ends_with_the_bits_of_the_undisturbed_run(
     replayed = (tmp_path / "run" / "plan.jsonl").read_text().splitlines()
     assert len(replayed) == len(PLAN)
     assert (tmp_path / "run" / "simulation.html").is_file()
+
+
+BAD_NETWORK = [
+    {"network": "latency=0.01,jitter=0.005,rate=20Mbit,loss=0.01", "seed": 2},
+    *({"at_s": 0.0, "process": f"worker-{index}", "action": "start"} for index in (0, 1)),
+    {"at_s": 6.0, "process": "worker-0", "action": "drop"},
+    {"at_s": 7.0, "process": "worker-1", "action": "part"},
+    {"at_s": 8.0, "process": "worker-0", "action": "drop"},
+    {"at_s": 9.0, "process": "coordinator", "action": "kill"},
+    {"at_s": 9.5, "process": "coordinator", "action": "start"},
+    {"at_s": 11.0, "process": "worker-1", "action": "heal"},
+    *({"at_s": at_s, "process": "worker-0", "action": "drop"} for at_s in (12.0, 14.0)),
+]
+
+
+def test_a_bad_network_changes_no_bit_and_is_replayed(tmp_path: Path, prepare_tiny: Callable[[Path], Path]) -> None:
+    prepare_tiny(tmp_path)
+    (tmp_path / "faults.txt").write_text("".join(json.dumps(line) + "\n" for line in BAD_NETWORK), encoding="utf-8")
+    words = ["simulate", "tiny.yaml", "--workers", "2", "--preempt", "plan:faults.txt", "--compare", "--run-dir", "run"]
+    done = subprocess.run(
+        [sys.executable, "-m", "dipaco", *words, "--json"],
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stderr
+    outcome = json.loads(done.stdout)
+    assert outcome["digest_equal"] is True
+    network = outcome["network"]
+    assert network["spec"] == "latency=0.01,jitter=0.005,rate=20000000,loss=0.01"
+    assert network["drops"] >= 2
+    assert network["partitions"] == 1
+    assert network["cut_connections"] >= 1
+    assert network["stalled_bytes"] > 0
+    assert "latency=0.01" in (tmp_path / "run" / "simulation.html").read_text()
+    written = [json.loads(line) for line in (tmp_path / "run" / "plan.jsonl").read_text().splitlines()]
+    assert [line.get("action") for line in written] == [line.get("action") for line in BAD_NETWORK]
+    assert written[0] == {"network": network["spec"], "seed": 2}
+
+
+@pytest.mark.parametrize("more", [["--network", "latency=1h"], ["--network", "latency=1", "--virtual", "nowhere"]])
+def test_a_network_that_cannot_be_had_is_one_sentence(
+    more: list[str], tmp_path: Path, prepare_tiny: Callable[[Path], Path]
+) -> None:
+    prepare_tiny(tmp_path)
+    words = ["simulate", "tiny.yaml", "--preempt", "poisson:mtbf=60,restart=1", *more]
+    done = subprocess.run(
+        [sys.executable, "-m", "dipaco", *words], cwd=tmp_path, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 1
+    assert "network" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
 
 
 def test_a_run_that_is_no_simulation_is_left_alone(tmp_path: Path, prepare_tiny: Callable[[Path], Path]) -> None:
