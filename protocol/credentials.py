@@ -6,10 +6,12 @@ where that can be written, so that a worker that is started again has it. Thread
 
 from __future__ import annotations
 
+import datetime
 import threading
 from collections.abc import Callable
 from pathlib import Path
 
+from protocol.expiry import check_join_file
 from protocol.joinfile import BadJoinFile, JoinFile
 from protocol.keyfile import write_key_file
 
@@ -25,8 +27,11 @@ class Credentials:
 
     @classmethod
     def read(cls, path: Path, say: Callable[[str], None] = lambda _: None) -> Credentials:
-        """Those of the join file at `path`; raises BadJoinFile."""
-        return cls(JoinFile.read(path), path, say)
+        """Those of the join file at `path`; says what is near its end. Raises BadJoinFile, CertificateEnded."""
+        join = JoinFile.read(path)
+        for remark in check_join_file(join, datetime.datetime.now(datetime.UTC)):
+            say(remark)
+        return cls(join, path, say)
 
     @property
     def join(self) -> JoinFile:

@@ -140,6 +140,11 @@ def from_rpc_error(error: Any, address: str, *, unanswered_plain: bool = False) 
     name = dict(error.trailing_metadata() or ()).get(NAME_KEY, "")
     if name in _BY_NAME:
         return _BY_NAME[name](details)
+    if "certificate has expired" in details:
+        return NotAllowed(
+            f"the certificate of {address} has ended (or the clock of this machine is wrong); it is renewed there with "
+            "`dipaco certs RUN` and a new start of the coordinator"
+        )
     if any(sign in details for sign in _UNTRUSTED):
         return NotAllowed(
             f"the certificate of {address} is not signed by the CA of the join file; get the run's newest one"

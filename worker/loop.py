@@ -6,7 +6,6 @@ answers, so a coordinator that restarts is waited for, under the same worker id.
 
 from __future__ import annotations
 
-import datetime
 import os
 import shutil
 import socket
@@ -23,7 +22,6 @@ from configs.schema import Config, Experiment
 from protocol.address import parse_address
 from protocol.credentials import Credentials
 from protocol.errors import WIRE_ERRORS, Banned, Forbidden, StaleLease, Unavailable, UnknownBlob
-from protocol.expiry import check_join_file
 from protocol.tasks import BlobRef, Capabilities, Checkpoint, TaskResult, TrainSpec
 from protocol.tensors import UploadHeader
 from worker.cache import BlobCache
@@ -99,7 +97,7 @@ def run_worker(
     Raises VersionMismatch, NotAllowed, BadAddress, BadJoinFile, CertificateEnded.
     """
     os.environ.setdefault("RAYON_NUM_THREADS", str(threads))  # the tokenizer's threads
-    credentials = None if join is None else _credentials(join, say)
+    credentials = None if join is None else Credentials.read(join, say)
     target = parse_address(address)
 
     def connect(patience_s: float | None) -> Coordinator:
@@ -107,14 +105,6 @@ def run_worker(
 
     worker_name = name or f"{socket.gethostname()}:{os.getpid()}"
     return Worker(connect, cache_dir, worker_name, capabilities(threads, memory_bytes), say, grace_s).run()
-
-
-def _credentials(join: Path, say: Say) -> Credentials:
-    """The join file in use by all connections of this worker; says which of its certificates are near their end."""
-    credentials = Credentials.read(join, say)
-    for remark in check_join_file(credentials.join, datetime.datetime.now(datetime.UTC)):
-        say(remark)
-    return credentials
 
 
 @dataclass(frozen=True, slots=True)

@@ -109,14 +109,15 @@ def _make(directory: Path, host: list[str], address: str | None) -> tuple[Any, l
 def _issue(directory: Path, worker: str, out: Path | None, address: str | None) -> tuple[Any, list[str]]:
     from protocol.address import parse_address
     from protocol.enrolment import issue_worker
+    from protocol.joinfile import JoinFile
 
     if address is not None:
         parse_address(address)
     path, issued = issue_worker(directory, worker, out, address=address)
+    where = "" if JoinFile.read(path).address else "HOST:PORT "
     return {**_entry(issued), "join": str(path)}, [
         f"certificate {issued.serial} for {worker}, until {issued.expires:%Y-%m-%d}, is in {path}",
-        f"copy it to that machine alone and keep it secret; there: dipaco worker {address or ''} "
-        f"--join {path.name}".replace("  ", " "),
+        f"copy it to that machine alone and keep it secret; there: dipaco worker {where}--join {path.name}",
     ]
 
 

@@ -41,7 +41,7 @@ def answer(certs: Certs, *arguments: str) -> Any:
 def test_a_worker_is_issued_listed_and_revoked(certs: Certs) -> None:
     printed = certs("--worker", "alice")
     assert "is in run/certs/workers/alice.json" in printed
-    assert "--join alice.json" in printed
+    assert "there: dipaco worker --join alice.json" in printed
     issued = answer(certs, "--worker", "bob", "--out", "bob.json")
     assert issued["join"] == "bob.json"
     assert JoinFile.read(Path("bob.json")).address == "10.0.0.1:7070"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import stat
 from pathlib import Path
 
@@ -9,6 +10,8 @@ import pytest
 
 from protocol.certificates import write_certificates
 from protocol.credentials import Credentials
+from protocol.enrolment import WORKER_VALID_DAYS, issue_worker
+from protocol.expiry import CertificateEnded
 from protocol.joinfile import JoinFile
 from protocol.keyfile import write_key_file
 
@@ -70,3 +73,14 @@ def test_a_file_that_is_gone_has_no_new_token(path: Path) -> None:
     path.unlink()
     assert not credentials.renewed_since(credentials.token)
     assert not Credentials(credentials.join).renewed_since(credentials.token)
+
+
+def test_what_is_near_its_end_is_said_when_the_file_is_read(path: Path, tmp_path: Path) -> None:
+    said: list[str] = []
+    now = datetime.datetime.now(datetime.UTC)
+    soon, _ = issue_worker(tmp_path, "alice", now=now - datetime.timedelta(days=WORKER_VALID_DAYS - 10))
+    Credentials.read(soon, said.append)
+    assert "this worker's certificate ends in " in said[0]
+    over, _ = issue_worker(tmp_path, "bob", now=now - datetime.timedelta(days=WORKER_VALID_DAYS))
+    with pytest.raises(CertificateEnded, match="this worker's certificate ended on"):
+        Credentials.read(over)

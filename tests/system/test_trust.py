@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from coordinator.journal import RunLock, RunUnusable
+from coordinator.serving import serve
 from protocol.address import parse_address
-from protocol.certificates import rotate_token, write_certificates
+from protocol.certificates import SERVER_VALID_DAYS, rotate_token, write_certificates
 from protocol.credentials import Credentials
 from protocol.enrolment import issue_worker, revoke
 from protocol.errors import Forbidden, NotAllowed
+from protocol.expiry import CertificateEnded
 from protocol.joinfile import JoinFile
 from protocol.keyfile import write_key_file
-from protocol.security import CERTS_DIR
+from protocol.security import CERTS_DIR, IncompleteCertificates
+from scripts.crash_points import small_config
 from tests.small_run import SmallRun, undisturbed_digest
 from worker.client import WorkerClient
 from worker.loop import Coordinator, Worker
@@ -132,3 +137,34 @@ def test_a_worker_is_shut_out_of_a_run_that_others_finish(tmp_path: Path, refere
         run.trusted(alice, "a", after_each_task(shut_out)).run()
     run.trusted(bob, "b", lambda _: None).run()
     assert run.digest() == reference
+
+
+def certified_run(folder: Path, days_left: float) -> Path:
+    """A run directory whose coordinator's certificate ends in so many days."""
+    made = datetime.datetime.now(datetime.UTC) - datetime.timedelta(days=SERVER_VALID_DAYS - days_left)
+    write_certificates(folder / "run" / CERTS_DIR, [], now=made)
+    return folder / "run"
+
+
+def test_a_coordinator_does_not_start_with_a_certificate_that_has_ended(tmp_path: Path) -> None:
+    run_dir = certified_run(tmp_path, days_left=-1)
+    with pytest.raises(CertificateEnded, match=r"the coordinator's certificate ended on .*; renew it with"):
+        serve(small_config(tmp_path), run_dir, "127.0.0.1:0", say=lambda line: None)
+    assert not (run_dir / "state.db").exists()
+
+
+def test_a_coordinator_says_that_its_certificate_is_near_its_end(tmp_path: Path) -> None:
+    run_dir, said = certified_run(tmp_path, days_left=5.5), list[str]()
+    lock = RunLock(run_dir)
+    with pytest.raises(RunUnusable, match="locked"):
+        serve(small_config(tmp_path), run_dir, "127.0.0.1:0", say=said.append)
+    lock.release()
+    assert "the coordinator's certificate ends in 5 days" in said[0]
+
+
+def test_a_run_that_requires_certificates_does_not_start_without_its_own(tmp_path: Path) -> None:
+    config = small_config(tmp_path)
+    strict = config.execution.model_copy(update={"require_worker_certificates": True})
+    with pytest.raises(IncompleteCertificates, match="make them with `dipaco certs"):
+        serve(config.model_copy(update={"execution": strict}), tmp_path / "run", "127.0.0.1:0", insecure=True)
+    assert not (tmp_path / "run").exists()

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import datetime
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from protocol.certificates import rotate_token, write_certificates
+from protocol.certificates import SERVER_VALID_DAYS, rotate_token, write_certificates
 from protocol.credentials import Credentials
 from protocol.enrolment import issue_worker, revoke
 from protocol.errors import Forbidden, NotAllowed, Unavailable
@@ -156,6 +157,17 @@ def test_a_join_file_with_a_certificate_serves_where_none_is_required(plain: Loo
     with WorkerClient(plain.address, joined(certs, "alice"), patience_s=10.0) as client:
         client.hello("host", CAPABILITIES)
         assert plain.handlers.calls[0].identity == ""
+
+
+def test_a_coordinator_whose_certificate_has_ended_is_named_as_such(tmp_path: Path) -> None:
+    long_ago = datetime.datetime.now(datetime.UTC) - datetime.timedelta(days=SERVER_VALID_DAYS + 1)
+    join = write_certificates(tmp_path / "ended" / CERTS_DIR, [], now=long_ago)
+    with (
+        Loopback(BookHandlers(tmp_path), load_security(tmp_path / "ended")) as running,
+        WorkerClient(running.address, join, patience_s=10.0) as client,
+        pytest.raises(NotAllowed, match=r"has ended .* `dipaco certs RUN`"),
+    ):
+        client.status()
 
 
 def test_requiring_certificates_of_a_run_that_has_none_is_refused(tmp_path: Path) -> None:
