@@ -115,8 +115,10 @@ class Gate:
         signature = self._signature()
         if signature == self._seen:
             return
-        self._seen = signature
+        self._seen, before = signature, self._seen
         try:
+            if before[-1] is not None and signature[-1] is None:
+                raise BadRoster(f"{ROSTER_FILE} is gone")
             self._admission = _read_admission(self._certs_dir, self._admission.require_certificates)
         except (BadTokenFile, BadRoster, OSError, UnicodeDecodeError) as error:
             logger.error("the tokens and revocations in %s stay as they were: %s", self._certs_dir, error)

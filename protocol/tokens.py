@@ -55,8 +55,9 @@ class Tokens:
         return "".join(f"{line}\n" for line in (self.current, *(f"{old} {end:.3f}" for old, end in self.retired)))
 
     def rotated(self, token: str, ends_s: float) -> Tokens:
-        """With `token` as the current one, and the one before valid until `ends_s`; older ones keep their ends."""
-        return Tokens(token_sha256(token), ((self.current, ends_s), *self.retired)[:MAX_RETIRED])
+        """With `token` as the current one, and the one before valid until `ends_s`; no older one outlives that."""
+        older = tuple((old, min(end, ends_s)) for old, end in self.retired)
+        return Tokens(token_sha256(token), ((self.current, ends_s), *older)[:MAX_RETIRED])
 
     def standing(self, token: str, now_s: float) -> Standing:
         """What a presented token is worth. Every hash is compared, so that the time taken tells nothing."""

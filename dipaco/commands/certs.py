@@ -91,18 +91,22 @@ def _make(directory: Path, host: list[str], address: str | None) -> tuple[Any, l
 
     from protocol.address import parse_address
     from protocol.certificates import write_certificates
+    from protocol.joinfile import JoinFile
     from protocol.security import JOIN_FILE
 
     hosts = [*host, socket.gethostname()]
     if address is not None:
         hosts.insert(0, parse_address(address).host)
-    write_certificates(directory, hosts, address=address)
     join = directory / JOIN_FILE
+    before = JoinFile.read(join).ca_pem if join.is_file() else None
+    made = write_certificates(directory, hosts, address=address)
     hosts = list(dict.fromkeys(hosts))
+    told = [] if before in (None, made.ca_pem) else ["the CA is new: issue a new join file to every worker"]
     return {"certs": str(directory), "join": str(join), "hosts": hosts}, [
         f"certificates for {', '.join(hosts)} are in {directory}",
         f"copy {join} to every worker and keep it secret: who has it may take part in the run",
         f"there: dipaco worker {address or 'HOST:PORT'} --join {JOIN_FILE}",
+        *told,
     ]
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import datetime
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +14,7 @@ import pytest
 
 from dipaco.__main__ import main
 from dipaco.commands.run import _join_file
+from protocol.certificates import CA_VALID_DAYS, write_certificates
 from protocol.joinfile import JoinFile
 
 Certs = Callable[..., str]
@@ -105,3 +108,11 @@ def test_a_local_run_joins_with_what_its_coordinator_asks_for(certs: Certs, tmp_
     assert JoinFile.read(certified).certificate_pem is not None
     assert [each["name"] for each in answer(certs, "--list")] == ["this-machine"]
     assert _join_file(tmp_path / "nowhere", certified=True) is None
+
+
+def test_a_new_ca_is_told_of(certs: Certs) -> None:
+    long_ago = datetime.datetime.now(datetime.UTC) - datetime.timedelta(days=CA_VALID_DAYS - 100)
+    write_certificates(Path("old/certs"), [], now=long_ago)
+    shutil.copytree("old/certs", "run/certs", dirs_exist_ok=True)
+    assert "the CA is new: issue a new join file to every worker" in certs()
+    assert "the CA is new" not in certs()

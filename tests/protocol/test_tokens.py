@@ -18,10 +18,12 @@ def test_a_replaced_token_ends() -> None:
     assert tokens.standing("", 0.0) == "unknown"
 
 
-def test_an_older_one_keeps_its_end_when_the_token_is_replaced_again() -> None:
+def test_no_older_one_outlives_the_one_that_was_replaced_last() -> None:
     first, second, third = new_token(), new_token(), new_token()
-    tokens = Tokens(token_sha256(first)).rotated(second, 100.0).rotated(third, 50.0)
-    assert [tokens.standing(token, 60.0) for token in (first, second, third)] == ["ending", "ended", "current"]
+    tokens = Tokens(token_sha256(first)).rotated(second, 100.0)
+    later, sooner = tokens.rotated(third, 200.0), tokens.rotated(third, 50.0)
+    assert [later.standing(token, 150.0) for token in (first, second, third)] == ["ended", "ending", "current"]
+    assert [sooner.standing(token, 60.0) for token in (first, second, third)] == ["ended", "ended", "current"]
 
 
 def test_only_so_many_are_remembered() -> None:

@@ -131,6 +131,10 @@ def test_a_damaged_list_of_certificates_keeps_the_revocations_that_were_read(
         with pytest.raises(Forbidden):
             alice.status()
         assert "stay as they were" in caplog.text
+        (certs / "workers.json").unlink()
+        with pytest.raises(Forbidden):
+            alice.status()
+        assert "workers.json is gone" in caplog.text
 
 
 def test_a_certificate_may_not_act_under_the_id_of_another(strict: Loopback, certs: Path, tmp_path: Path) -> None:
