@@ -78,7 +78,7 @@ class Coordinator:
         self._overdue: set[str] = set()
         self._garbage = Garbage(self._store, self._machine)
         self._room = Room(run_dir, config.execution.low_disk_bytes)
-        self._told_of_waiting = False
+        self._told_of_waiting = self._closed = False
         self._awaited_until = 0.0
         self._background: set[asyncio.Task[None]] = set()
         self._step_slots = asyncio.Semaphore(PARALLEL_STEPS)
@@ -196,7 +196,8 @@ class Coordinator:
             self._awaited_until = time.monotonic() + FAREWELL_S
 
     async def close(self) -> None:
-        """Stop background work at its next durable point."""
+        """Stop background work at its next durable point, and begin none."""
+        self._closed = True
         for task in list(self._background):
             task.cancel()
         await asyncio.gather(*self._background, return_exceptions=True)
@@ -244,7 +245,7 @@ class Coordinator:
 
     def _dispatch(self) -> None:
         """Start the coordinator's own work that is ready: local tasks and module steps."""
-        if self.paused or self._room.waiting:
+        if self.paused or self._room.waiting or self._closed:
             return
         for task in self._machine.local_tasks():
             self._start(task.task_id, self._run_local(task))

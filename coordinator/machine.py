@@ -284,8 +284,10 @@ class Machine:
         obsolete = [ref.digest for ref in dropped] + [ref.digest for _, _, ref in due.contributions]
         if old.momentum:
             obsolete.append(old.momentum.digest)
+        consumed = self._consumed_tasks(due, stepped)
+        obsolete += sorted(digests_in([self.state.tasks[task_id] for task_id in consumed]))
         decision = self._advanced(draft, wall_s, obsolete=tuple(obsolete))
-        finished = {*decision.finished_tasks, *self._consumed_tasks(due, stepped)}
+        finished = {*decision.finished_tasks, *consumed}
         return replace(decision, finished_tasks=tuple(sorted(finished)))
 
     def _consumed_tasks(self, due: StepDue, stepped: Module) -> list[str]:
