@@ -2,12 +2,14 @@
 
 A recorded run numbers the effects (fsync, rename, removal, SQLite's commits). Then, for every number, in a run
 directory of its own: kill -9 there, start the coordinator again, let the run finish, and require the same
-`digest --all`. The worker lives on in this process. `--dir` keeps results, and the same command goes on with them.
+`digest --all`. The worker lives on in this process. `--dir` keeps results, and the same command goes on with them,
+whatever interrupted it; points that came to no digest are tried again.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
@@ -247,12 +249,24 @@ class CrashPoints:
         return killed, effects
 
 
-def _results(path: Path) -> dict[Point, dict[str, Any]]:
-    """What an earlier call found."""
+def earlier_results(path: Path) -> dict[Point, dict[str, Any]]:
+    """What an earlier call found; a line that it did not come to finish, and a point without a digest, do not count."""
     if not path.exists():
         return {}
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    return {Point(line["number"], line["when"]): line for line in lines}
+    found: dict[Point, dict[str, Any]] = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        with contextlib.suppress(ValueError):
+            outcome = json.loads(line)
+            found[Point(outcome["number"], outcome["when"])] = outcome
+    return {point: outcome for point, outcome in found.items() if not outcome["error"]}
+
+
+def check_same_run(folder: Path, digest: str) -> None:
+    """Raises CrashRunFailed where the results in `folder` are those of a run that came to other bits."""
+    kept = folder / "digest"
+    if kept.exists() and kept.read_text(encoding="utf-8") != digest:
+        raise CrashRunFailed(f"{folder} holds results of another version, whose run ended with other bits; empty it")
+    kept.write_text(digest, encoding="utf-8")
 
 
 def carry_out(folder: Path, every: int, say: Callable[[str], None]) -> dict[str, Any]:
@@ -261,11 +275,13 @@ def carry_out(folder: Path, every: int, say: Callable[[str], None]) -> dict[str,
     try:
         crash_points = CrashPoints(folder, coordinators)
         crash_points.record()
+        check_same_run(folder, crash_points.digest)
         unsynced = [effect for effect in crash_points.effects if effect.endswith(" UNSYNCED")]
         points = crash_points.points(every)
         say(f"{len(crash_points.effects)} durable effects, {len(points)} points chosen, digest {crash_points.digest}")
-        known = _results(folder / "results.jsonl")
+        known = earlier_results(folder / "results.jsonl")
         with (folder / "results.jsonl").open("a", encoding="utf-8") as results:
+            results.write("\n")  # behind what an interrupted call may have left
             for point in points:
                 if point in known:
                     continue
@@ -304,6 +320,9 @@ def main() -> int:
     folder.mkdir(parents=True, exist_ok=True)
     try:
         summary = carry_out(folder, arguments.every, lambda line: print(line, file=sys.stderr, flush=True))
+    except CrashRunFailed as failure:
+        print(failure, file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print(f"stopped; --dir {folder} goes on from here", file=sys.stderr)
         return 130

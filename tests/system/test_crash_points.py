@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
-from scripts.crash_points import Coordinators, CrashPoints, Point
+from scripts.crash_points import Coordinators, CrashPoints, CrashRunFailed, Point, check_same_run, earlier_results
 
 SAMPLE = 6
 
@@ -45,3 +47,21 @@ def test_outputs_between_store_and_transaction_are_not_done_again(recorded: Cras
     trained = [number for number in commits if recorded.effects[number - 2].startswith("fsync RUN/blobs")]
     outcome = recorded.kill_at(Point(trained[len(trained) // 2], "before"))
     assert (outcome.digest, outcome.error, outcome.leased_again) == (recorded.digest, "", 0)
+
+
+def test_an_interrupted_call_goes_on_where_it_was(tmp_path: Path) -> None:
+    """What was found counts; what was being written, and what came to no digest, is tried again."""
+    lines = [
+        json.dumps({"number": number, "when": "before", "digest": "d", "error": error})
+        for number, error in ((1, ""), (2, "the machine was busy"), (3, "the machine was busy"), (3, ""))
+    ]
+    (tmp_path / "results.jsonl").write_text("\n".join(lines) + '\n{"number": 4, "wh', encoding="utf-8")
+    assert set(earlier_results(tmp_path / "results.jsonl")) == {Point(1, "before"), Point(3, "before")}
+    assert earlier_results(tmp_path / "none") == {}
+
+
+def test_results_of_another_version_are_not_mixed_in(tmp_path: Path) -> None:
+    for _ in range(2):
+        check_same_run(tmp_path, "digest")
+    with pytest.raises(CrashRunFailed, match="other bits"):
+        check_same_run(tmp_path, "another")
