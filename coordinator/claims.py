@@ -47,7 +47,7 @@ class Claims:
         """Whether a task is audited, drawn when it is first leased, and what there is to say about that."""
         if task.kind != "TRAIN" or task.fence or not self._execution.audit_share:
             return task.audited, ()
-        if any(other.identity != worker.identity for other in self._allowed()):
+        if any(other.identity != worker.identity for other in self.allowed()):
             return self._random.random() < self._execution.audit_share, ()
         said, self._said_alone = self._said_alone, True
         return False, () if said else (f"no task is audited while {worker.name} is the only worker",)
@@ -60,7 +60,7 @@ class Claims:
         taken = {claim.identity for claim in task.claims}
         if worker.identity not in taken:
             return True
-        if any(other.identity not in taken and able(other) for other in self._allowed()):
+        if any(other.identity not in taken and able(other) for other in self.allowed()):
             self._alone_since_s.pop(task.task_id, None)
             return False
         return now - self._alone_since_s.setdefault(task.task_id, now) >= self._execution.lease_s
@@ -75,7 +75,8 @@ class Claims:
         task = self._state.tasks.get(task_id)
         return task is not None and any(claim.fence == fence for claim in task.claims)
 
-    def _allowed(self) -> list[Worker]:
+    def allowed(self) -> list[Worker]:
+        """The workers that are known and not banned."""
         return [worker for worker in self._state.workers.values() if not self._is_banned(worker.identity)]
 
     def _is_banned(self, identity: str) -> bool:

@@ -183,7 +183,7 @@ class Coordinator:
     async def farewell(self) -> None:
         """Give workers the time to hear that the run is finished."""
         until = time.monotonic() + FAREWELL_S
-        while time.monotonic() < max(self._awaited_until, until if self._machine.state.workers else 0.0):
+        while time.monotonic() < max(self._awaited_until, until if self._machine.claims.allowed() else 0.0):
             await asyncio.sleep(0.05)
 
     def _await_workers(self) -> None:
@@ -369,6 +369,8 @@ class Coordinator:
         self._machine.apply(lease.decision)
         for note in lease.decision.notes:
             self.say(note)
+        if lease.task is not None and lease.task.audited:
+            self._wake()  # an idle worker may compute it too
         return lease
 
     async def heartbeat(self, args: HeartbeatArgs) -> HeartbeatAnswer:

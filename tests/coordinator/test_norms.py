@@ -53,16 +53,15 @@ def test_a_minority_of_wrong_norms_does_not_make_a_wrong_one_right(honest: list[
     history = [*honest[wrong:], *[1e6] * wrong]
     norms = after(history)
     assert not any(norms.doubt("mixture", {"0.1": norm}) for norm in honest[wrong:])
-    if wrong < WINDOW // 4:
-        assert norms.doubt("mixture", {"0.1": 1e12})
+    assert norms.doubt("mixture", {"0.1": 1e6})
 
 
 @pytest.mark.parametrize("contributions", [1, 4])
-def test_a_warm_up_and_a_cosine_decay_to_a_hundredth_are_believed(contributions: int) -> None:
-    """Norms follow the learning rate: 4 phases up from a tenth, 20 phases down to a hundredth, spread by a half."""
+def test_a_warm_up_and_a_cosine_decay_to_a_tenth_are_believed(contributions: int) -> None:
+    """Norms follow the learning rate: 4 phases up from a tenth, 20 phases down to a tenth, spread by a half."""
     norms = Norms(FACTOR)
     for phase in range(24):
-        rate = 0.1 + 0.9 * phase / 4 if phase < 4 else 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (phase - 4) / 19))
+        rate = 0.1 + 0.9 * phase / 4 if phase < 4 else 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * (phase - 4) / 19))
         for shard in range(contributions):
             norm = rate * (1.0 + 0.5 * math.sin(7.0 * phase + shard))
             assert not norms.doubt("mixture", {"0.1": norm}), (phase, norm)
