@@ -254,7 +254,8 @@ class VirtualRun:
                 seconds=0.0,
             )
             with contextlib.suppress(StaleLease, UnknownTask):
-                self._commit(self.machine.save_progress(worker.worker_id, task.task_id, fence, progress, self.now))
+                decision = self.machine.save_progress(worker.worker_id, task.task_id, fence, progress, self.now)
+                self.machine.apply(decision)  # it makes no task ready and no module due
         self._save_later(worker, task, fence)
 
     def _heartbeat(self, worker: _VirtualWorker, task: Task, fence: int) -> None:
