@@ -15,7 +15,7 @@ import pytest
 
 from configs.schema import Config, Execution
 from model.store import file_digest
-from protocol.errors import NotAllowed, StaleLease, Unavailable, UnknownBlob
+from protocol.errors import Banned, Forbidden, NotAllowed, StaleLease, Unavailable, UnknownBlob
 from protocol.tasks import BlobRef, Capabilities, Checkpoint, TaskResult, TrainSpec
 from protocol.tensors import UploadHeader
 from worker import departure, loop
@@ -193,6 +193,20 @@ def test_a_task_whose_lease_is_lost_is_dropped(run: TinyRun) -> None:
     assert stage.run() == 0
     assert stage.coordinator.released == []
     assert list(stage.coordinator.completed) == ["train/TRAIN/2/0"]
+    assert any("its lease is lost" in line for line in stage.said)
+
+
+@pytest.mark.parametrize("kind", [Forbidden, Banned])
+def test_a_worker_that_is_shut_out_stops_its_task_at_the_next_beat(run: TinyRun, kind: type[Exception]) -> None:
+    stage = Stage(run, [run.train_spec(run.add_modules("base"), steps=100_000)])
+    stage.coordinator.heartbeat_s = 0.01
+
+    def refuse(steps: int) -> bool:
+        raise kind("no longer let in")
+
+    stage.coordinator.on_beat = refuse
+    assert stage.run() == 0
+    assert stage.coordinator.completed == {}
     assert any("its lease is lost" in line for line in stage.said)
 
 
