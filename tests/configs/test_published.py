@@ -21,6 +21,7 @@ SHAPES = {
     "dipaco-4x4": (16, 16, 8),
     "path-specific": (4, 4, 8),
     "simulate": (8, 8, 6),
+    "simulate-256": (256, 256, 32),
     "paper-dipaco-16x16-150m": (256, 256, 32),
     "paper-diloco-8-150m": (1, 8, 1),
     "many-paths-16x16": (256, 256, 33),
