@@ -6,6 +6,7 @@ import asyncio
 import datetime
 import json
 import signal
+import sqlite3
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,8 @@ def serve(
         check_whole(run_dir)
         write_config(config, run_dir)
         asyncio.run(_serve_until_signalled(config, run_dir, listen, insecure, ready, say, verify))
+    except sqlite3.OperationalError as error:
+        raise RunUnusable(f"{run_dir / 'state.db'} cannot be written ({error}); mend that and start again") from None
     finally:
         lock.release()
 
