@@ -21,7 +21,7 @@ from typing import Protocol
 from configs.schema import Config, Experiment
 from protocol.address import parse_address
 from protocol.credentials import Credentials
-from protocol.errors import WIRE_ERRORS, Banned, Forbidden, StaleLease, Unavailable, UnknownBlob
+from protocol.errors import WIRE_ERRORS, Banned, Forbidden, StaleLease, Unavailable, UnknownBlob, UnknownTask
 from protocol.tasks import BlobRef, Capabilities, Checkpoint, TaskResult, TrainSpec
 from protocol.tensors import UploadHeader
 from worker.cache import BlobCache
@@ -221,7 +221,7 @@ class LeasedTask:
                 self._do(out_dir, connect)
         except OutdatedSpec as error:
             self._say(f"{self._lease.task_id}: asked for again ({error})")
-        except StaleLease as error:
+        except (StaleLease, UnknownTask) as error:  # UnknownTask: another holder was first, and its stage is over
             self._say(f"{self._lease.task_id}: dropped, its lease is lost ({error})")
         except TaskStopped:
             if not self._heartbeat.lost.is_set():

@@ -15,7 +15,7 @@ import pytest
 
 from configs.schema import Config, Execution
 from model.store import file_digest
-from protocol.errors import Banned, Forbidden, NotAllowed, StaleLease, Unavailable, UnknownBlob
+from protocol.errors import Banned, Forbidden, NotAllowed, StaleLease, Unavailable, UnknownBlob, UnknownTask
 from protocol.tasks import BlobRef, Capabilities, Checkpoint, TaskResult, TrainSpec
 from protocol.tensors import UploadHeader
 from worker import departure, loop
@@ -210,13 +210,14 @@ def test_a_worker_that_is_shut_out_stops_its_task_at_the_next_beat(run: TinyRun,
     assert any("its lease is lost" in line for line in stage.said)
 
 
-def test_a_refused_upload_drops_the_task(run: TinyRun) -> None:
+@pytest.mark.parametrize("refusal", [StaleLease("fence 1 is over"), UnknownTask("there is no such task")])
+def test_a_refused_upload_drops_the_task(run: TinyRun, refusal: Exception) -> None:
     path = run.add_modules("base")
     stage = Stage(run, [run.train_spec(path), run.train_spec(path)])
 
     def refuse() -> None:
         if stage.coordinator.leased == 1:
-            raise StaleLease("fence 1 is over")
+            raise refusal
 
     stage.coordinator.on_upload = refuse
     assert stage.run() == 0
