@@ -43,6 +43,7 @@ class Crew(Driver):
         self.scales: dict[str, float] = {}
         self.notes: list[str] = []
         self.disputes: list[Dispute] = []
+        self.obsolete: set[str] = set()
         super().__init__(config, seed)
         self.ids = {name: self.hello(name) for name in names}
 
@@ -50,6 +51,7 @@ class Crew(Driver):
         super().commit(decision)
         self.notes += decision.notes
         self.disputes += decision.disputes
+        self.obsolete |= set(decision.obsolete)
         for metric in decision.metrics:
             self.machine.claims.learn(metric)
 
@@ -197,6 +199,19 @@ def test_a_worker_that_cannot_do_the_task_is_not_waited_for() -> None:
     assert again.task_id == task.task_id
 
 
+def test_a_backup_copy_of_an_outlier_is_dropped_as_it_may_rest_on_its_partial_progress() -> None:
+    crew, task = crew_with_history("abc")
+    crew.machine.state.lifelines[task.task_id, task.fence].overdue_s = crew.now - 1.0
+    while (copy := crew.take("b")) is not None and copy.task_id != task.task_id:
+        crew.hand_in("b", copy)
+    assert copy is not None
+    crew.scales["a"] = 100.0
+    crew.hand_in("a", task)
+    assert crew.task(task).holders == ()
+    with pytest.raises(StaleLease):
+        crew.hand_in("b", copy)
+
+
 def test_a_doubted_task_starts_over_and_keeps_no_partial_progress() -> None:
     crew, task = crew_with_history("ab")
     assert crew.save(crew.ids["a"], task, 1)
@@ -267,6 +282,25 @@ def test_who_differs_from_two_others_is_banned_and_its_work_is_undone() -> None:
     assert crew.finished
     assert crew.versions() == undisturbed(config_with()).versions()
     assert trained(crew) == trained(undisturbed(config_with()))
+
+
+def test_a_ban_takes_back_the_other_claims_of_the_liar() -> None:
+    crew, task = audited("abc")
+    crew.lies["a"] = "wrong"
+    crew.hand_in("a", task)
+    other = crew.take("a")
+    assert other is not None
+    crew.hand_in("a", other)
+    blobs = {ref.digest for claim in crew.task(other).claims for ref in claim.outputs.values()}
+    for name in "bc":
+        assert crew.take(name) is not None
+        crew.hand_in(name, replace(task, fence=crew.task(task).fence))
+    assert crew.banned("a")
+    assert crew.task(other).claims == ()
+    assert blobs <= crew.obsolete
+    crew.work("bc")
+    assert crew.finished
+    assert crew.versions() == undisturbed(config_with()).versions()
 
 
 def test_a_banned_worker_is_refused_whatever_it_calls_and_after_a_restart_too() -> None:

@@ -79,3 +79,22 @@ def test_checkpoints_keep_what_was_done_before_a_kill() -> None:
     assert often.to_dict()["goodput"] > 0.85
     assert often.to_dict()["goodput"] > without.to_dict()["goodput"]
     assert often.wall_s < without.wall_s
+
+
+def test_audits_cost_a_second_copy_of_every_audited_task_and_count_it_once() -> None:
+    config = make_config(2, 3)
+    audited = config.model_copy(update={"execution": config.execution.model_copy(update={"audit_share": 1.0})})
+    outcome = VirtualRun(audited, COSTS, starts(4)).run()
+    assert outcome.finished
+    assert outcome.steps_in_weights == 4 * 3 * 20
+    assert outcome.steps_executed == 2 * 4 * 3 * 20
+
+
+def test_audits_and_kills_together_neither_hang_nor_count_twice() -> None:
+    config = make_config(2, 4)
+    audited = config.model_copy(update={"execution": config.execution.model_copy(update={"audit_share": 0.5})})
+    deaths = [(20.0 + 17.0 * turn, f"worker-{turn % 3}", "kill") for turn in range(12)]
+    faults = sorted([*starts(4), *deaths, *((at_s + 8.0, name, "start") for at_s, name, _ in deaths)])
+    outcome = VirtualRun(audited, COSTS, faults).run()
+    assert outcome.finished
+    assert outcome.steps_in_weights == 4 * 4 * 20
