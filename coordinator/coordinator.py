@@ -458,4 +458,4 @@ class Coordinator:
         task = self._machine.leases.held_task(header.task_id, header.fence, header.worker_id)
         self._room.require()
         expected = self._machine.accepted_uploads(task)
-        return await asyncio.to_thread(Upload, self._spool, header, expected, self._traffic)
+        return await asyncio.to_thread(Upload, self._spool, header, expected, self._traffic, self._room.refused)

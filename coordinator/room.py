@@ -41,9 +41,11 @@ class Room:
     def look(self) -> str:
         """Measure; returns `waiting`."""
         free = self._free(self._directory)
-        needed = self._low_bytes + self._low_bytes // 4
+        needed = max(self._low_bytes + self._low_bytes // 4, MEASURABLE_BYTES if self._refused_until_s else 0)
         short = free < (needed if self.waiting else self._low_bytes) or self._now() < self._refused_until_s
         self.waiting = self._sentence(free, needed) if short else ""
+        if not short:
+            self._refused_until_s = 0.0
         return self.waiting
 
     def refused(self) -> None:

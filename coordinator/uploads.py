@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from coordinator.expected import ExpectedOutput
 from coordinator.spool import Spool
 from coordinator.traffic import Traffic
-from protocol.errors import RejectedTensor
+from protocol.errors import DiskFull, RejectedTensor
 from protocol.tensors import UploadHeader
 
 
@@ -21,8 +22,12 @@ class Upload:
         header: UploadHeader,
         expected: Mapping[str, ExpectedOutput],
         traffic: Traffic,
+        no_room: Callable[[], None] = lambda: None,
     ) -> None:
-        """Opens the sink: call it off the event loop. Raises RejectedTensor where the task has no such output."""
+        """Opens the sink: call it off the event loop. Raises RejectedTensor where the task has no such output.
+
+        `no_room` is called, on the event loop, where bytes could not be written for that reason.
+        """
         if header.output not in expected:
             raise RejectedTensor(
                 f"task {header.task_id} has no output {header.output!r}; it has {', '.join(sorted(expected))}"
@@ -31,14 +36,22 @@ class Upload:
         self._moved = header.size - header.offset
         self._kind = header.kind
         self._traffic = traffic
+        self._no_room = no_room
 
     async def write(self, data: bytes) -> None:
-        await asyncio.to_thread(self._sink.write, data)
+        await self._with_room(self._sink.write, data)
 
     async def finish(self) -> int:
-        size = await asyncio.to_thread(self._sink.finish)
+        size: int = await self._with_room(self._sink.finish)
         self._traffic.uploaded(self._kind, self._moved)
         return size
+
+    async def _with_room(self, call: Callable[..., Any], *args: object) -> Any:
+        try:
+            return await asyncio.to_thread(call, *args)
+        except DiskFull:
+            self._no_room()
+            raise
 
     async def abort(self) -> None:
         await asyncio.to_thread(self._sink.abort)
