@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
@@ -15,7 +16,7 @@ from typing import Any
 import pytest
 import yaml
 
-PATIENCE_S = 100.0
+PATIENCE_S = 240.0
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
@@ -61,30 +62,23 @@ def test_a_run_waits_for_room_and_goes_on_by_itself(
     config.write_text(yaml.safe_dump(document))
     run_dir, log = small_disk / "run", tmp_path / "log"
     with log.open("wb") as out:
-        started = [
-            subprocess.Popen(
-                dipaco("coordinator", config, "--run-dir", run_dir, "--listen", "127.0.0.1:0"),
-                **(own := {"cwd": tmp_path, "stdout": out, "stderr": out, "env": ENVIRONMENT}),
-            )
-        ]
+        start = functools.partial(subprocess.Popen[bytes], cwd=tmp_path, stdout=out, stderr=out, env=ENVIRONMENT)
+        started = [start(dipaco("coordinator", config, "--run-dir", run_dir, "--listen", "127.0.0.1:0"))]
         try:
-            address = wait_for(
-                lambda: (run_dir / "address").exists() and (run_dir / "address").read_text(), log
-            ).strip()
-            started.append(subprocess.Popen(dipaco("worker", address, "--cache-dir", tmp_path / "cache"), **own))
+            told = run_dir / "address"
+            address = wait_for(lambda: told.exists() and told.read_text().strip(), log)
+            started.append(start(dipaco("worker", address, "--cache-dir", tmp_path / "cache")))
             wait_for(lambda: b"pretrain/TRAIN/0" in log.read_bytes(), log)
             ballast = fill(small_disk, leave)
             wait_for(lambda: b"waiting for room: " in log.read_bytes(), log)
-            asked = subprocess.run(
-                dipaco("status", address, "--json"), **{**own, "stdout": subprocess.PIPE}, check=True
-            )
-            assert json.loads(asked.stdout)["waiting"].startswith("waiting for room: ")
+            asked = subprocess.check_output(dipaco("status", address, "--json"), cwd=tmp_path, env=ENVIRONMENT)
+            assert json.loads(asked)["waiting"].startswith("waiting for room: ")
             time.sleep(4.0)  # more than a lease lasts
             assert [process.poll() for process in started] == [None, None], log.read_text()
             ballast.unlink()
             freed_s = time.monotonic()
             wait_for(lambda: b"there is room again; the run goes on" in log.read_bytes(), log)
-            assert time.monotonic() - freed_s < 5.0
+            assert time.monotonic() - freed_s < 15.0  # a busy machine
             assert started[0].wait(PATIENCE_S) == 0, log.read_text()
         finally:
             for process in started:
