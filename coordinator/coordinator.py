@@ -347,6 +347,7 @@ class Coordinator:
                     lease.fence,
                     self.config.execution.lease_s,
                     lease.spec,  # type: ignore[arg-type]
+                    mtbf_s=self._machine.leases.losses.mtbf_s(),
                 )
             if lease.finished:
                 self._machine.state.workers.pop(worker_id, None)

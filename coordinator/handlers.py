@@ -42,7 +42,10 @@ class HelloAnswer:
 
 @dataclass(frozen=True, slots=True)
 class LeaseAnswer:
-    """A task (`spec` is set), or why there is none (`waiting_for`), or that the run is over (`finished`)."""
+    """A task (`spec` is set), or why there is none (`waiting_for`), or that the run is over (`finished`).
+
+    `mtbf_s`: the mean time between failures of workers, as measured in this run.
+    """
 
     task_id: str = ""
     fence: int = 0
@@ -50,6 +53,7 @@ class LeaseAnswer:
     spec: AnySpec | None = None
     waiting_for: str = ""
     finished: bool = False
+    mtbf_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ from typing import Any
 from coordinator.arrivals import MIN_ARRIVALS
 from coordinator.claims import Claims
 from coordinator.decisions import Decision, Lease
+from coordinator.losses import Losses
 from coordinator.ownership import check_owner, new_worker_id
 from coordinator.plan import TRAINING, Plan
 from coordinator.state import Holder, Lifeline, Row, Stage, State, Task, Worker
@@ -41,6 +42,7 @@ class Leases:
         self.state = state
         self.claims = claims
         self.execution = plan.config.execution
+        self.losses = Losses(state)
         self._random = random_generator
         self._stage_order = {stage.name: index for index, stage in enumerate(plan.stages())}
 
@@ -53,7 +55,7 @@ class Leases:
     def _begin(self, task: Task, holder: Holder, now: float) -> None:
         """A lease starts, or starts over: its first heartbeat is awaited like any other."""
         ends_s, overdue_s = now + self.execution.lease_s, now + self._silence_s(holder.worker_id)
-        self.state.lifelines[task.task_id, holder.fence] = Lifeline(ends_s, overdue_s, now, now)
+        self.state.lifelines[task.task_id, holder.fence] = Lifeline(ends_s, overdue_s, now, now, now)
 
     def prolong(self, seconds: float) -> None:
         """The run stood still for so long: no lease ends, or is overdue, for that."""
@@ -76,10 +78,14 @@ class Leases:
         for worker in self.state.workers.values():
             worker.task_id = held.get(worker.worker_id, "")
 
-    def forget(self, task: Task) -> None:
-        """No lease of the task is live any more."""
+    def forget(self, task: Task, now: float) -> None:
+        """No lease of the task is live any more: it is complete, and a holder that is overdue was lost."""
         for holder in task.holders:
-            self.state.lifelines.pop((task.task_id, holder.fence), None)
+            lifeline = self.state.lifelines.pop((task.task_id, holder.fence), None)
+            if lifeline is not None and lifeline.overdue_s < now:
+                self.losses.lost(lifeline)
+            elif lifeline is not None:
+                self.losses.kept(lifeline, now)
 
     def register(self, worker_id: str, name: str, capabilities: Capabilities, now: float, identity: str = "") -> str:
         """A worker says hello, for the first time (empty id) or after a reconnection. Returns its id.
@@ -140,7 +146,7 @@ class Leases:
         holder = Holder(worker.worker_id, task.fence + 1)
         if len(task.holders) == MAX_HOLDERS:
             longest_silent = min(task.holders, key=lambda each: self.state.lifelines[task.task_id, each.fence].heard_s)
-            task = self._without(task, longest_silent)
+            task = self._without(task, longest_silent, lost=True)
         audited, notes = self.claims.chosen(task, worker)
         holders = (*task.holders, holder)
         leased = replace(task, status="leased", holders=holders, fence=holder.fence, audited=audited)
@@ -306,7 +312,7 @@ class Leases:
         if leaving:
             del self.state.workers[worker_id]
             held = [(task, holder) for task in self.state.tasks.values() if (holder := _holder(task, worker_id))]
-            return Decision(tuple(self._without(task, holder) for task, holder in held))
+            return Decision(tuple(self._without(task, holder, lost=True) for task, holder in held))
         task = self.state.tasks.get(task_id)
         holder = Holder(worker_id, fence)
         if task is None or holder not in task.holders:
@@ -324,8 +330,13 @@ class Leases:
             return back, replace(self.state.standing, paused=reason)
         return (back,)
 
-    def _without(self, task: Task, holder: Holder) -> Task:
-        self.state.lifelines.pop((task.task_id, holder.fence), None)
+    def _without(self, task: Task, holder: Holder, *, lost: bool = False) -> Task:
+        """The task without a holder, whose lease ended in peace or with its worker (`lost`)."""
+        lifeline = self.state.lifelines.pop((task.task_id, holder.fence), None)
+        if lifeline is not None and lost:
+            self.losses.lost(lifeline)
+        elif lifeline is not None:
+            self.losses.kept(lifeline, lifeline.heard_s)
         holders = tuple(other for other in task.holders if other != holder)
         return replace(task, status="leased" if holders else "ready", holders=holders)
 
@@ -336,7 +347,7 @@ class Leases:
         for task_id, fence in over:
             task = changed.get(task_id) or self.state.tasks[task_id]
             [holder] = (other for other in task.holders if other.fence == fence)
-            changed[task_id] = self._without(task, holder)
+            changed[task_id] = self._without(task, holder, lost=True)
         silent = [w.worker_id for w in self.state.workers.values() if w.last_seen_s + 5 * self.execution.lease_s < now]
         for worker_id in silent:
             del self.state.workers[worker_id]

@@ -174,7 +174,7 @@ class Machine:
         verdict = judge(task, claim) if task.kind == "TRAIN" else Verdict((claim,), claim)
         if verdict.counted is None:
             return self.claims.kept(task, claim, verdict)
-        self.leases.forget(task)
+        self.leases.forget(task, now)
         return self._counted(task, stage, verdict.counted, verdict, wall_s)
 
     def _counted(self, task: Task, stage: Stage, claim: Claim, verdict: Verdict, wall_s: float) -> Decision:

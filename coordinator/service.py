@@ -111,6 +111,7 @@ class CoordinatorService(pb_grpc.CoordinatorServicer):  # type: ignore[misc, unu
             spec=b"" if answer.spec is None else encode(answer.spec),
             waiting_for=answer.waiting_for,
             finished=answer.finished,
+            mtbf_s=answer.mtbf_s,
         )
 
     async def Heartbeat(self, request: Any, context: Any) -> Any:  # noqa: N802

@@ -135,12 +135,17 @@ class Shard:
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """Whether the run goes on: `paused` holds the reason in one sentence, `bytes_moved` counts the wire by category."""
+    """Whether the run goes on: `paused` holds the reason in one sentence, `bytes_moved` counts the wire by category.
+
+    `held_s` and `leases_lost` are of all leases that have ended (coordinator/losses.py).
+    """
 
     table: ClassVar[str] = "standing"
     paused: str = ""
     finished: bool = False
     bytes_moved: dict[str, int] = field(default_factory=dict)
+    held_s: float = 0.0
+    leases_lost: int = 0
 
     @property
     def key(self) -> str:
@@ -193,6 +198,7 @@ class Lifeline:
     overdue_s: float
     heard_s: float
     advanced_s: float
+    began_s: float
     steps: int = 0
     tokens: int = 0
 

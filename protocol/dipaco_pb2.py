@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15protocol/dipaco.proto\x12\tdipaco.v1\"\x95\x01\n\x0cHelloRequest\x12\x16\n\x0eprotocol_major\x18\x01 \x01(\r\x12\x16\n\x0eprotocol_minor\x18\x02 \x01(\r\x12\x17\n\x0fpackage_version\x18\x03 \x01(\t\x12\x13\n\x0bworker_name\x18\x04 \x01(\t\x12\x14\n\x0c\x63\x61pabilities\x18\x05 \x01(\x0c\x12\x11\n\tworker_id\x18\x06 \x01(\t\"\xb9\x01\n\nHelloReply\x12\x16\n\x0eprotocol_major\x18\x01 \x01(\r\x12\x16\n\x0eprotocol_minor\x18\x02 \x01(\r\x12\x17\n\x0fpackage_version\x18\x03 \x01(\t\x12\x11\n\tworker_id\x18\x04 \x01(\t\x12\x10\n\x08run_name\x18\x05 \x01(\t\x12\x13\n\x0b\x63onfig_json\x18\x06 \x01(\t\x12\x13\n\x0bheartbeat_s\x18\x07 \x01(\x01\x12\x13\n\x0b\x63hunk_bytes\x18\x08 \x01(\x04\"I\n\x0cLeaseRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0e\n\x06wait_s\x18\x02 \x01(\x01\x12\x16\n\x0e\x63\x61\x63hed_digests\x18\x03 \x03(\t\"r\n\nLeaseReply\x12\x0f\n\x07task_id\x18\x01 \x01(\t\x12\r\n\x05\x66\x65nce\x18\x02 \x01(\x04\x12\x0f\n\x07lease_s\x18\x03 \x01(\x01\x12\x0c\n\x04spec\x18\x04 \x01(\x0c\x12\x13\n\x0bwaiting_for\x18\x05 \x01(\t\x12\x10\n\x08\x66inished\x18\x06 \x01(\x08\"r\n\x10HeartbeatRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0f\n\x07task_id\x18\x02 \x01(\t\x12\r\n\x05\x66\x65nce\x18\x03 \x01(\x04\x12\r\n\x05steps\x18\x04 \x01(\x04\x12\x0c\n\x04loss\x18\x05 \x01(\x01\x12\x0e\n\x06tokens\x18\x06 \x01(\x04\"/\n\x0eHeartbeatReply\x12\x0c\n\x04lost\x18\x01 \x01(\x08\x12\x0f\n\x07lease_s\x18\x02 \x01(\x01\"T\n\x0f\x43ompleteRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0f\n\x07task_id\x18\x02 \x01(\t\x12\r\n\x05\x66\x65nce\x18\x03 \x01(\x04\x12\x0e\n\x06result\x18\x04 \x01(\x0c\"\"\n\rCompleteReply\x12\x11\n\tduplicate\x18\x01 \x01(\x08\"\\\n\x13SaveProgressRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0f\n\x07task_id\x18\x02 \x01(\t\x12\r\n\x05\x66\x65nce\x18\x03 \x01(\x04\x12\x12\n\ncheckpoint\x18\x04 \x01(\x0c\"!\n\x11SaveProgressReply\x12\x0c\n\x04kept\x18\x01 \x01(\x08\"d\n\x0eReleaseRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0f\n\x07task_id\x18\x02 \x01(\t\x12\r\n\x05\x66\x65nce\x18\x03 \x01(\x04\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12\x0f\n\x07leaving\x18\x05 \x01(\x08\"\x0e\n\x0cReleaseReply\"\x0f\n\rStatusRequest\"\"\n\x0bStatusReply\x12\x13\n\x0bstatus_json\x18\x01 \x01(\t\".\n\x0c\x46\x65tchRequest\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x0e\n\x06offset\x18\x02 \x01(\x04\"*\n\x05\x43hunk\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x12\x13\n\x0btotal_bytes\x18\x02 \x01(\x04\"?\n\rOffsetRequest\x12\x0f\n\x07task_id\x18\x01 \x01(\t\x12\r\n\x05\x66\x65nce\x18\x02 \x01(\x04\x12\x0e\n\x06\x64igest\x18\x03 \x01(\t\"\x1d\n\x0bOffsetReply\x12\x0e\n\x06offset\x18\x01 \x01(\x04\"+\n\x0bUploadChunk\x12\x0e\n\x06header\x18\x01 \x01(\x0c\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\"%\n\x0bUploadReply\x12\x16\n\x0ereceived_bytes\x18\x01 \x01(\x04\x32\xcf\x03\n\x0b\x43oordinator\x12\x37\n\x05Hello\x12\x17.dipaco.v1.HelloRequest\x1a\x15.dipaco.v1.HelloReply\x12\x37\n\x05Lease\x12\x17.dipaco.v1.LeaseRequest\x1a\x15.dipaco.v1.LeaseReply\x12\x43\n\tHeartbeat\x12\x1b.dipaco.v1.HeartbeatRequest\x1a\x19.dipaco.v1.HeartbeatReply\x12@\n\x08\x43omplete\x12\x1a.dipaco.v1.CompleteRequest\x1a\x18.dipaco.v1.CompleteReply\x12L\n\x0cSaveProgress\x12\x1e.dipaco.v1.SaveProgressRequest\x1a\x1c.dipaco.v1.SaveProgressReply\x12=\n\x07Release\x12\x19.dipaco.v1.ReleaseRequest\x1a\x17.dipaco.v1.ReleaseReply\x12:\n\x06Status\x12\x18.dipaco.v1.StatusRequest\x1a\x16.dipaco.v1.StatusReply2\xbc\x01\n\x0c\x42lobExchange\x12\x34\n\x05\x46\x65tch\x12\x17.dipaco.v1.FetchRequest\x1a\x10.dipaco.v1.Chunk0\x01\x12:\n\x06Offset\x12\x18.dipaco.v1.OffsetRequest\x1a\x16.dipaco.v1.OffsetReply\x12:\n\x06Upload\x12\x16.dipaco.v1.UploadChunk\x1a\x16.dipaco.v1.UploadReply(\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15protocol/dipaco.proto\x12\tdipaco.v1\"\x95\x01\n\x0cHelloRequest\x12\x16\n\x0eprotocol_major\x18\x01 \x01(\r\x12\x16\n\x0eprotocol_minor\x18\x02 \x01(\r\x12\x17\n\x0fpackage_version\x18\x03 \x01(\t\x12\x13\n\x0bworker_name\x18\x04 \x01(\t\x12\x14\n\x0c\x63\x61pabilities\x18\x05 \x01(\x0c\x12\x11\n\tworker_id\x18\x06 \x01(\t\"\xb9\x01\n\nHelloReply\x12\x16\n\x0eprotocol_major\x18\x01 \x01(\r\x12\x16\n\x0eprotocol_minor\x18\x02 \x01(\r\x12\x17\n\x0fpackage_version\x18\x03 \x01(\t\x12\x11\n\tworker_id\x18\x04 \x01(\t\x12\x10\n\x08run_name\x18\x05 \x01(\t\x12\x13\n\x0b\x63onfig_json\x18\x06 \x01(\t\x12\x13\n\x0bheartbeat_s\x18\x07 \x01(\x01\x12\x13\n\x0b\x63hunk_bytes\x18\x08 \x01(\x04\"I\n\x0cLeaseRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0e\n\x06wait_s\x18\x02 \x01(\x01\x12\x16\n\x0e\x63\x61\x63hed_digests\x18\x03 \x03(\t\"\x82\x01\n\nLeaseReply\x12\x0f\n\x07task_id\x18\x01 \x01(\t\x12\r\n\x05\x66\x65nce\x18\x02 \x01(\x04\x12\x0f\n\x07lease_s\x18\x03 \x01(\x01\x12\x0c\n\x04spec\x18\x04 \x01(\x0c\x12\x13\n\x0bwaiting_for\x18\x05 \x01(\t\x12\x10\n\x08\x66inished\x18\x06 \x01(\x08\x12\x0e\n\x06mtbf_s\x18\x07 \x01(\x01\"r\n\x10HeartbeatRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0f\n\x07task_id\x18\x02 \x01(\t\x12\r\n\x05\x66\x65nce\x18\x03 \x01(\x04\x12\r\n\x05steps\x18\x04 \x01(\x04\x12\x0c\n\x04loss\x18\x05 \x01(\x01\x12\x0e\n\x06tokens\x18\x06 \x01(\x04\"/\n\x0eHeartbeatReply\x12\x0c\n\x04lost\x18\x01 \x01(\x08\x12\x0f\n\x07lease_s\x18\x02 \x01(\x01\"T\n\x0f\x43ompleteRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0f\n\x07task_id\x18\x02 \x01(\t\x12\r\n\x05\x66\x65nce\x18\x03 \x01(\x04\x12\x0e\n\x06result\x18\x04 \x01(\x0c\"\"\n\rCompleteReply\x12\x11\n\tduplicate\x18\x01 \x01(\x08\"\\\n\x13SaveProgressRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0f\n\x07task_id\x18\x02 \x01(\t\x12\r\n\x05\x66\x65nce\x18\x03 \x01(\x04\x12\x12\n\ncheckpoint\x18\x04 \x01(\x0c\"!\n\x11SaveProgressReply\x12\x0c\n\x04kept\x18\x01 \x01(\x08\"d\n\x0eReleaseRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0f\n\x07task_id\x18\x02 \x01(\t\x12\r\n\x05\x66\x65nce\x18\x03 \x01(\x04\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12\x0f\n\x07leaving\x18\x05 \x01(\x08\"\x0e\n\x0cReleaseReply\"\x0f\n\rStatusRequest\"\"\n\x0bStatusReply\x12\x13\n\x0bstatus_json\x18\x01 \x01(\t\".\n\x0c\x46\x65tchRequest\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x0e\n\x06offset\x18\x02 \x01(\x04\"*\n\x05\x43hunk\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x12\x13\n\x0btotal_bytes\x18\x02 \x01(\x04\"?\n\rOffsetRequest\x12\x0f\n\x07task_id\x18\x01 \x01(\t\x12\r\n\x05\x66\x65nce\x18\x02 \x01(\x04\x12\x0e\n\x06\x64igest\x18\x03 \x01(\t\"\x1d\n\x0bOffsetReply\x12\x0e\n\x06offset\x18\x01 \x01(\x04\"+\n\x0bUploadChunk\x12\x0e\n\x06header\x18\x01 \x01(\x0c\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\"%\n\x0bUploadReply\x12\x16\n\x0ereceived_bytes\x18\x01 \x01(\x04\x32\xcf\x03\n\x0b\x43oordinator\x12\x37\n\x05Hello\x12\x17.dipaco.v1.HelloRequest\x1a\x15.dipaco.v1.HelloReply\x12\x37\n\x05Lease\x12\x17.dipaco.v1.LeaseRequest\x1a\x15.dipaco.v1.LeaseReply\x12\x43\n\tHeartbeat\x12\x1b.dipaco.v1.HeartbeatRequest\x1a\x19.dipaco.v1.HeartbeatReply\x12@\n\x08\x43omplete\x12\x1a.dipaco.v1.CompleteRequest\x1a\x18.dipaco.v1.CompleteReply\x12L\n\x0cSaveProgress\x12\x1e.dipaco.v1.SaveProgressRequest\x1a\x1c.dipaco.v1.SaveProgressReply\x12=\n\x07Release\x12\x19.dipaco.v1.ReleaseRequest\x1a\x17.dipaco.v1.ReleaseReply\x12:\n\x06Status\x12\x18.dipaco.v1.StatusRequest\x1a\x16.dipaco.v1.StatusReply2\xbc\x01\n\x0c\x42lobExchange\x12\x34\n\x05\x46\x65tch\x12\x17.dipaco.v1.FetchRequest\x1a\x10.dipaco.v1.Chunk0\x01\x12:\n\x06Offset\x12\x18.dipaco.v1.OffsetRequest\x1a\x16.dipaco.v1.OffsetReply\x12:\n\x06Upload\x12\x16.dipaco.v1.UploadChunk\x1a\x16.dipaco.v1.UploadReply(\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -37,42 +37,42 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_HELLOREPLY']._serialized_end=374
   _globals['_LEASEREQUEST']._serialized_start=376
   _globals['_LEASEREQUEST']._serialized_end=449
-  _globals['_LEASEREPLY']._serialized_start=451
-  _globals['_LEASEREPLY']._serialized_end=565
-  _globals['_HEARTBEATREQUEST']._serialized_start=567
-  _globals['_HEARTBEATREQUEST']._serialized_end=681
-  _globals['_HEARTBEATREPLY']._serialized_start=683
-  _globals['_HEARTBEATREPLY']._serialized_end=730
-  _globals['_COMPLETEREQUEST']._serialized_start=732
-  _globals['_COMPLETEREQUEST']._serialized_end=816
-  _globals['_COMPLETEREPLY']._serialized_start=818
-  _globals['_COMPLETEREPLY']._serialized_end=852
-  _globals['_SAVEPROGRESSREQUEST']._serialized_start=854
-  _globals['_SAVEPROGRESSREQUEST']._serialized_end=946
-  _globals['_SAVEPROGRESSREPLY']._serialized_start=948
-  _globals['_SAVEPROGRESSREPLY']._serialized_end=981
-  _globals['_RELEASEREQUEST']._serialized_start=983
-  _globals['_RELEASEREQUEST']._serialized_end=1083
-  _globals['_RELEASEREPLY']._serialized_start=1085
-  _globals['_RELEASEREPLY']._serialized_end=1099
-  _globals['_STATUSREQUEST']._serialized_start=1101
-  _globals['_STATUSREQUEST']._serialized_end=1116
-  _globals['_STATUSREPLY']._serialized_start=1118
-  _globals['_STATUSREPLY']._serialized_end=1152
-  _globals['_FETCHREQUEST']._serialized_start=1154
-  _globals['_FETCHREQUEST']._serialized_end=1200
-  _globals['_CHUNK']._serialized_start=1202
-  _globals['_CHUNK']._serialized_end=1244
-  _globals['_OFFSETREQUEST']._serialized_start=1246
-  _globals['_OFFSETREQUEST']._serialized_end=1309
-  _globals['_OFFSETREPLY']._serialized_start=1311
-  _globals['_OFFSETREPLY']._serialized_end=1340
-  _globals['_UPLOADCHUNK']._serialized_start=1342
-  _globals['_UPLOADCHUNK']._serialized_end=1385
-  _globals['_UPLOADREPLY']._serialized_start=1387
-  _globals['_UPLOADREPLY']._serialized_end=1424
-  _globals['_COORDINATOR']._serialized_start=1427
-  _globals['_COORDINATOR']._serialized_end=1890
-  _globals['_BLOBEXCHANGE']._serialized_start=1893
-  _globals['_BLOBEXCHANGE']._serialized_end=2081
+  _globals['_LEASEREPLY']._serialized_start=452
+  _globals['_LEASEREPLY']._serialized_end=582
+  _globals['_HEARTBEATREQUEST']._serialized_start=584
+  _globals['_HEARTBEATREQUEST']._serialized_end=698
+  _globals['_HEARTBEATREPLY']._serialized_start=700
+  _globals['_HEARTBEATREPLY']._serialized_end=747
+  _globals['_COMPLETEREQUEST']._serialized_start=749
+  _globals['_COMPLETEREQUEST']._serialized_end=833
+  _globals['_COMPLETEREPLY']._serialized_start=835
+  _globals['_COMPLETEREPLY']._serialized_end=869
+  _globals['_SAVEPROGRESSREQUEST']._serialized_start=871
+  _globals['_SAVEPROGRESSREQUEST']._serialized_end=963
+  _globals['_SAVEPROGRESSREPLY']._serialized_start=965
+  _globals['_SAVEPROGRESSREPLY']._serialized_end=998
+  _globals['_RELEASEREQUEST']._serialized_start=1000
+  _globals['_RELEASEREQUEST']._serialized_end=1100
+  _globals['_RELEASEREPLY']._serialized_start=1102
+  _globals['_RELEASEREPLY']._serialized_end=1116
+  _globals['_STATUSREQUEST']._serialized_start=1118
+  _globals['_STATUSREQUEST']._serialized_end=1133
+  _globals['_STATUSREPLY']._serialized_start=1135
+  _globals['_STATUSREPLY']._serialized_end=1169
+  _globals['_FETCHREQUEST']._serialized_start=1171
+  _globals['_FETCHREQUEST']._serialized_end=1217
+  _globals['_CHUNK']._serialized_start=1219
+  _globals['_CHUNK']._serialized_end=1261
+  _globals['_OFFSETREQUEST']._serialized_start=1263
+  _globals['_OFFSETREQUEST']._serialized_end=1326
+  _globals['_OFFSETREPLY']._serialized_start=1328
+  _globals['_OFFSETREPLY']._serialized_end=1357
+  _globals['_UPLOADCHUNK']._serialized_start=1359
+  _globals['_UPLOADCHUNK']._serialized_end=1402
+  _globals['_UPLOADREPLY']._serialized_start=1404
+  _globals['_UPLOADREPLY']._serialized_end=1441
+  _globals['_COORDINATOR']._serialized_start=1444
+  _globals['_COORDINATOR']._serialized_end=1907
+  _globals['_BLOBEXCHANGE']._serialized_start=1910
+  _globals['_BLOBEXCHANGE']._serialized_end=2098
 # @@protoc_insertion_point(module_scope)

@@ -53,20 +53,22 @@ class LeaseRequest(_message.Message):
     def __init__(self, worker_id: _Optional[str] = ..., wait_s: _Optional[float] = ..., cached_digests: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class LeaseReply(_message.Message):
-    __slots__ = ("task_id", "fence", "lease_s", "spec", "waiting_for", "finished")
+    __slots__ = ("task_id", "fence", "lease_s", "spec", "waiting_for", "finished", "mtbf_s")
     TASK_ID_FIELD_NUMBER: _ClassVar[int]
     FENCE_FIELD_NUMBER: _ClassVar[int]
     LEASE_S_FIELD_NUMBER: _ClassVar[int]
     SPEC_FIELD_NUMBER: _ClassVar[int]
     WAITING_FOR_FIELD_NUMBER: _ClassVar[int]
     FINISHED_FIELD_NUMBER: _ClassVar[int]
+    MTBF_S_FIELD_NUMBER: _ClassVar[int]
     task_id: str
     fence: int
     lease_s: float
     spec: bytes
     waiting_for: str
     finished: bool
-    def __init__(self, task_id: _Optional[str] = ..., fence: _Optional[int] = ..., lease_s: _Optional[float] = ..., spec: _Optional[bytes] = ..., waiting_for: _Optional[str] = ..., finished: _Optional[bool] = ...) -> None: ...
+    mtbf_s: float
+    def __init__(self, task_id: _Optional[str] = ..., fence: _Optional[int] = ..., lease_s: _Optional[float] = ..., spec: _Optional[bytes] = ..., waiting_for: _Optional[str] = ..., finished: _Optional[bool] = ..., mtbf_s: _Optional[float] = ...) -> None: ...
 
 class HeartbeatRequest(_message.Message):
     __slots__ = ("worker_id", "task_id", "fence", "steps", "loss", "tokens")

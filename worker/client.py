@@ -61,7 +61,10 @@ class Welcome:
 
 @dataclass(frozen=True, slots=True)
 class Lease:
-    """A task (`spec` is set), or why there is none (`waiting_for`), or that the run is over (`finished`)."""
+    """A task (`spec` is set), or why there is none (`waiting_for`), or that the run is over (`finished`).
+
+    `mtbf_s`: the mean time between failures of workers in this run.
+    """
 
     task_id: str
     fence: int
@@ -69,6 +72,7 @@ class Lease:
     spec: PackSpec | FeaturizeSpec | TrainSpec | EvaluateSpec | None
     waiting_for: str
     finished: bool
+    mtbf_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +135,7 @@ class WorkerClient:
         request = pb.LeaseRequest(worker_id=worker_id, wait_s=wait_s, cached_digests=cached_digests)
         reply = self._known_call(self._control.Lease, request, wait_s + CALL_DEADLINE_S, self._patience_s)
         spec = decode_spec(reply.spec) if reply.task_id else None
-        return Lease(reply.task_id, reply.fence, reply.lease_s, spec, reply.waiting_for, reply.finished)
+        return Lease(reply.task_id, reply.fence, reply.lease_s, spec, reply.waiting_for, reply.finished, reply.mtbf_s)
 
     def heartbeat(
         self, worker_id: str, task_id: str, fence: int, *, steps: int = 0, loss: float = float("nan"), tokens: int = 0

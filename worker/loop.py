@@ -169,7 +169,7 @@ class Worker:
         execution, beat_s = config.execution, welcome.heartbeat_s
         grace_s = execution.grace_s if self._grace_s is None else self._grace_s
         self.departure.grace_s = grace_s
-        pace = Pace(first_s=beat_s / 2, least_s=beat_s / 2) if execution.checkpoints else None
+        pace = Pace(least_s=beat_s / 2) if execution.checkpoints else None
         return Joined(welcome.worker_id, config.experiment, beat_s, grace_s, cache, pace)
 
     def _work(self, joined: Joined) -> None:
@@ -184,6 +184,8 @@ class Worker:
                 return
             if lease.spec is not None:
                 said = ""
+                if joined.pace is not None:
+                    joined.pace.mtbf_s = lease.mtbf_s
                 LeasedTask(self._client, joined, lease, self.departure, self._say).run(self._workspace, self._connect)
             elif lease.waiting_for != said:
                 said = lease.waiting_for

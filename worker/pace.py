@@ -1,20 +1,33 @@
-"""How often partial progress is worth its cost: from what the latest checkpoint took. Pure; times in seconds."""
+"""How often partial progress is worth its cost: from what the latest checkpoint took and how often workers are lost.
+
+Pure; times in seconds. The interval sqrt(2 C M) loses least for a cost C and a mean time M between failures (Young, "A
+first order approximation to the optimum checkpoint interval", 1974).
+"""
 
 from __future__ import annotations
+
+import math
 
 # Of the time of a task that making checkpoints may take away from its steps, and that one may be on the wire.
 COST_SHARE, WIRE_SHARE = 0.05, 0.2
 
 
 class Pace:
-    """Due once so much time has passed since the latest checkpoint that this one costs its share of it at most.
+    """Due once a checkpoint costs less than what a failure would lose without it, and its share of the time at most.
 
-    Before any cost is measured the first is due after `first_s`; no two are closer than `least_s`.
+    `mtbf_s`: the mean time between failures, as the coordinator measures it. Before any cost is measured the first is
+    due after `least_s`; no two are closer.
     """
 
-    def __init__(self, first_s: float, least_s: float) -> None:
-        self.interval_s = first_s
+    def __init__(self, least_s: float, mtbf_s: float = 0.0) -> None:
+        self.mtbf_s = mtbf_s
         self._least_s = least_s
+        self._cost_s = self._wire_s = 0.0
+
+    @property
+    def interval_s(self) -> float:
+        young_s = math.sqrt(2 * self._wire_s * self.mtbf_s)
+        return max(self._least_s, self._cost_s / COST_SHARE, self._wire_s / WIRE_SHARE, young_s)
 
     def is_due(self, since_s: float) -> bool:
         """Whether `since_s` seconds of steps without a checkpoint are enough."""
@@ -22,4 +35,4 @@ class Pace:
 
     def took(self, cost_s: float, wire_s: float) -> None:
         """A checkpoint took `cost_s` of computing away, and `wire_s` passed from its start to the answer."""
-        self.interval_s = max(self._least_s, cost_s / COST_SHARE, wire_s / WIRE_SHARE)
+        self._cost_s, self._wire_s = cost_s, wire_s

@@ -27,7 +27,7 @@ class Always(Pace):
     """Whatever it costs."""
 
     def __init__(self) -> None:
-        super().__init__(0.0, 0.0)
+        super().__init__(0.0)
 
     def is_due(self, since_s: float) -> bool:
         return True
@@ -102,7 +102,7 @@ def test_a_worker_that_leaves_hands_over_what_it_has(make_run: MakeRun) -> None:
     run = make_run()
     spec = run.train_spec(run.add_modules("base"), steps=8)
     kept = Kept(run.root / "kept")
-    checkpoints = Checkpoints(kept.send, Pace(1000.0, 1000.0), run.root, print)
+    checkpoints = Checkpoints(kept.send, Pace(1000.0), run.root, print)
 
     def leave(steps: int, loss: float, tokens: int) -> None:
         if steps == 3:

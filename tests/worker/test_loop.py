@@ -230,7 +230,7 @@ def terminate() -> None:
 
 
 def test_sigterm_hands_a_long_task_back_at_once(run: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop, "Pace", lambda **_: Pace(1e9, 1e9))  # no checkpoint but that of the departure
+    monkeypatch.setattr(loop, "Pace", lambda **_: Pace(1e9))  # no checkpoint but that of the departure
     stage = Stage(run, [run.train_spec(run.add_modules("base"), steps=100_000)])
     stage.coordinator.heartbeat_s = 0.01
     sent = threading.Event()

@@ -8,9 +8,9 @@ from worker.pace import Pace
 
 
 def test_the_first_one_comes_early() -> None:
-    pace = Pace(first_s=2.0, least_s=1.0)
-    assert not pace.is_due(1.9)
-    assert pace.is_due(2.0)
+    pace = Pace(least_s=1.0)
+    assert not pace.is_due(0.9)
+    assert pace.is_due(1.0)
 
 
 @pytest.mark.parametrize(
@@ -22,8 +22,16 @@ def test_the_first_one_comes_early() -> None:
     ],
 )
 def test_later_ones_cost_their_share(cost_s: float, wire_s: float, interval_s: float) -> None:
-    pace = Pace(first_s=2.0, least_s=1.0)
+    pace = Pace(least_s=1.0)
     pace.took(cost_s, wire_s)
     assert pace.interval_s == pytest.approx(interval_s)
     assert pace.is_due(interval_s + 0.01)
     assert not pace.is_due(interval_s - 0.01)
+
+
+def test_where_workers_stay_few_are_made() -> None:
+    pace = Pace(least_s=1.0, mtbf_s=8.0)
+    pace.took(0.01, 0.25)
+    assert pace.interval_s == pytest.approx(2.0)  # sqrt(2 * 0.25 * 8)
+    pace.mtbf_s = 3200.0
+    assert pace.interval_s == pytest.approx(40.0)
