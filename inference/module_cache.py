@@ -28,8 +28,8 @@ def verify_module(store: BlobStore, module_id: str, digest: str) -> None:
         store.verify(digest)
     except BlobMismatch:
         raise DamagedModule(
-            f"module {module_id} is damaged: blob {store.known_path(digest)} holds other bytes than its digest names; put "
-            "back the file of that name from a copy of the run directory or from a worker's cache"
+            f"module {module_id} is damaged: blob {store.known_path(digest)} holds other bytes than its digest names; "
+            "put back the file of that name from a copy of the run directory or from a worker's cache"
         ) from None
 
 
