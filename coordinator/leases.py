@@ -270,15 +270,15 @@ class Leases:
         if task is None or lifeline is None or Holder(worker_id, fence) not in task.holders:
             return True, 0.0
         worker.task_id, worker.loss = task_id, loss
-        if tokens > lifeline.tokens and now > lifeline.heard_s:
-            worker.tokens_per_s = (tokens - lifeline.tokens) / (now - lifeline.heard_s)
-        lifeline.tokens = tokens
-        for gaps in (worker.beats, self.state.beats):
-            gaps.observe(now - lifeline.heard_s)
+        if now - lifeline.heard_s > self.execution.heartbeat_s / 4:  # not out of turn, to tell of the first step
+            for gaps in (worker.beats, self.state.beats):
+                gaps.observe(now - lifeline.heard_s)
         if steps > lifeline.steps:
-            if lifeline.steps:
-                worker.step_times.observe((now - lifeline.advanced_s) / (steps - lifeline.steps))
-            lifeline.advanced_s, lifeline.steps = now, steps
+            elapsed_s = now - lifeline.advanced_s
+            if lifeline.steps and elapsed_s > 0:  # a first report may tell of steps that were taken over
+                worker.step_times.observe(elapsed_s / (steps - lifeline.steps))
+                worker.tokens_per_s = max(0, tokens - lifeline.tokens) / elapsed_s
+            lifeline.advanced_s, lifeline.steps, lifeline.tokens = now, steps, tokens
         worker.steps = steps
         lifeline.heard_s, lifeline.ends_s = now, now + self.execution.lease_s
         lifeline.overdue_s = min(now + self._silence_s(worker_id), self._standstill_s(task, lifeline, worker))

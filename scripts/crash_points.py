@@ -142,7 +142,7 @@ class Coordinators:
 @contextmanager
 def working(port: int, cache: Path) -> Iterator[Callable[[float], bool]]:
     """A worker in a thread of this process; yields what waits for its end: whether it ended in so many seconds."""
-    loop.Checkpoints = EveryStep  # type: ignore[attr-defined, misc]
+    loop.Checkpoints = EveryStep  # type: ignore[attr-defined]
     thread = threading.Thread(
         target=loop.run_worker,
         args=(f"127.0.0.1:{port}", None, cache, 1),
