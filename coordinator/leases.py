@@ -26,8 +26,8 @@ MAX_HOLDERS = 2
 NUMERIC_KINDS = ("FEATURIZE", "TRAIN", "EVALUATE")
 # A heartbeat is overdue after so many intervals at the least, whatever was measured.
 BEATS_MISSED = 1.5
-# The share of a lease after which a silent worker's task is worth a second holder while nothing has been measured.
-UNMEASURED_SHARE = 0.5
+# A heartbeat is overdue after so many intervals while too few have been heard to tell.
+UNMEASURED_BEATS = 2.0
 # Steps may stand still for so many measured step times, and so many seconds, before a worker counts as hung.
 STANDSTILL_STEPS, STANDSTILL_S = 3.0, 6.0
 # A backup copy is worth it where the holder needs so many times longer for the rest than another for the whole.
@@ -287,12 +287,12 @@ class Leases:
     def _silence_s(self, worker_id: str) -> float:
         """How long this worker may say nothing before its task is worth a second holder.
 
-        From its own heartbeats, else from those of all; half a lease where nothing has been measured.
+        From its own heartbeats, else from those of all; after two intervals where nothing has been measured.
         """
         worker = self.state.workers.get(worker_id)
         gaps = worker.beats if worker and worker.beats.count >= MIN_ARRIVALS else self.state.beats
         if gaps.count < MIN_ARRIVALS:
-            return UNMEASURED_SHARE * self.execution.lease_s
+            return min(UNMEASURED_BEATS * self.execution.heartbeat_s, self.execution.lease_s)
         return gaps.patience_s(BEATS_MISSED * self.execution.heartbeat_s, self.execution.lease_s)
 
     def _standstill_s(self, task: Task, lifeline: Lifeline, worker: Worker) -> float:
