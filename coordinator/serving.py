@@ -13,6 +13,7 @@ from typing import Any
 
 from configs.load import NUMERICS_VERSION, resume_difference, to_yaml
 from configs.schema import Config
+from coordinator.allocator import keep_giving_back
 from coordinator.coordinator import Coordinator
 from coordinator.events import EventLog
 from coordinator.journal import UNFINISHED_BACKUP, Journal, RunLock, RunUnusable
@@ -125,7 +126,7 @@ async def serve_until(
     coordinator = Coordinator(config, run_dir, say)
     log = EventLog(run_dir, config.execution.log_bytes, config.execution.log_files)
     recording = Recording(coordinator, log)
-    noting: asyncio.Task[None] | None = None
+    beside = [asyncio.create_task(keep_giving_back())]
     try:
         coordinator.open(verify=verify, torn_event=log.torn)
         server = await start_server(
@@ -135,7 +136,7 @@ async def serve_until(
             insecure=insecure,
             chunk_bytes=config.execution.chunk_bytes,
         )
-        noting = asyncio.create_task(recording.watch())
+        beside.append(asyncio.create_task(recording.watch()))
         try:
             (run_dir / "address").write_text(f"{server.address}\n", encoding="utf-8")
             ready(str(server.address))
@@ -143,9 +144,9 @@ async def serve_until(
         finally:
             await server.stop()
     finally:
-        if noting is not None:
-            noting.cancel()
-            await asyncio.gather(noting, return_exceptions=True)
+        for task in beside:
+            task.cancel()
+        await asyncio.gather(*beside, return_exceptions=True)
         await coordinator.close()
         log.close()
     if coordinator.paused:
