@@ -164,14 +164,14 @@ class Coordinator:
             self.say(waiting or "there is room again; the run goes on")
             self._wake()
         if waiting:
-            self._machine.leases.prolong(elapsed_s)
+            self._machine.leases.liveness.prolong(elapsed_s)
         else:
             self._dispatch()
         return not waiting
 
     def _tell_of_overdue(self) -> None:
         """Wake waiting workers where a task has become worth a second holder."""
-        overdue = self._machine.leases.overdue(time.monotonic())
+        overdue = self._machine.leases.liveness.overdue(time.monotonic())
         if set(overdue) - self._overdue:
             self._wake()
         self._overdue = set(overdue)
@@ -347,7 +347,7 @@ class Coordinator:
                     lease.fence,
                     self.config.execution.lease_s,
                     lease.spec,  # type: ignore[arg-type]
-                    mtbf_s=self._machine.leases.losses.mtbf_s(),
+                    mtbf_s=self._machine.leases.liveness.losses.mtbf_s(),
                 )
             if lease.finished:
                 self._machine.state.workers.pop(worker_id, None)

@@ -67,7 +67,7 @@ class Machine:
 
     def resume(self, now: float) -> Decision:
         """After a restart every live lease gets one fresh deadline, and a pause is lifted with its failures."""
-        self.leases.renew_all(now)
+        self.leases.liveness.renew_all(now)
         if not self.state.standing.paused:
             return Decision()
         rows: list[Row] = [replace(task, failures=()) for task in self.state.tasks.values() if task.failures]
@@ -121,7 +121,7 @@ class Machine:
         """What each output of a task must be, by name."""
         if task.kind == "TRAIN":
             return self._expected_of_training(task)
-        spec: Any = self.leases.spec(task)
+        spec: Any = self.leases.matching.spec(task)
         if task.kind == "PACK":
             return {"tokens": ExpectedOutput.tokens()}
         if task.kind == "EVALUATE":
@@ -174,7 +174,7 @@ class Machine:
         verdict = judge(task, claim) if task.kind == "TRAIN" else Verdict((claim,), claim)
         if verdict.counted is None:
             return self.claims.kept(task, claim, verdict)
-        self.leases.forget(task, now)
+        self.leases.liveness.forget(task, now)
         return self._counted(task, stage, verdict.counted, verdict, wall_s)
 
     def _counted(self, task: Task, stage: Stage, claim: Claim, verdict: Verdict, wall_s: float) -> Decision:

@@ -88,6 +88,15 @@ class Task:
     def key(self) -> str:
         return self.task_id
 
+    def holder(self, worker_id: str) -> Holder | None:
+        """The lease of a worker, if it has one."""
+        return next((holder for holder in self.holders if holder.worker_id == worker_id), None)
+
+    @property
+    def steps_kept(self) -> int:
+        """The inner steps that a new holder need not take."""
+        return self.checkpoint.steps if self.checkpoint else 0
+
     @property
     def independent(self) -> bool:
         """Whether every holder must compute the task from its start: its results are compared with one another."""

@@ -34,8 +34,9 @@ from configs.schema import Config  # noqa: E402
 from coordinator.snapshot import RunSnapshot  # noqa: E402
 from dipaco.run_digest import run_digest  # noqa: E402
 from scripts.counted_coordinator import Order, When  # noqa: E402
-from worker import loop  # noqa: E402
+from worker import leased_task  # noqa: E402
 from worker.checkpoints import Checkpoints, Snapshot  # noqa: E402
+from worker.loop import run_worker  # noqa: E402
 
 PATIENCE_S = 120.0
 LIVES = 3
@@ -142,9 +143,9 @@ class Coordinators:
 @contextmanager
 def working(port: int, cache: Path) -> Iterator[Callable[[float], bool]]:
     """A worker in a thread of this process; yields what waits for its end: whether it ended in so many seconds."""
-    loop.Checkpoints = EveryStep  # type: ignore[attr-defined]
+    leased_task.Checkpoints = EveryStep  # type: ignore[attr-defined]
     thread = threading.Thread(
-        target=loop.run_worker,
+        target=run_worker,
         args=(f"127.0.0.1:{port}", None, cache, 1),
         kwargs={"name": "worker", "memory_bytes": 1 << 30, "say": lambda line: None},
         daemon=True,

@@ -20,8 +20,9 @@ from protocol.errors import NotAllowed
 from protocol.tasks import BlobRef, TaskResult
 from protocol.tensors import UploadHeader
 from scripts.crash_points import finished_run, small_config
+from worker.calls import Coordinator
 from worker.client import WorkerClient
-from worker.loop import Coordinator, Worker
+from worker.loop import Worker
 from worker.outcome import TaskOutcome
 from worker.probe import capabilities
 from worker.task import run_task
@@ -79,7 +80,7 @@ class Crew:
         self._address = "127.0.0.1:0"
         self._computing = threading.Lock()
         self._run_task = run_task
-        monkeypatch.setattr("worker.loop.run_task", self._one_at_a_time)
+        monkeypatch.setattr("worker.leased_task.run_task", self._one_at_a_time)
         # Whether a task waits until a liar has lied, by worker and spec: so that the liar gets its turn.
         self.waits: Callable[[Any], bool] = lambda spec: False
 

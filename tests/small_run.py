@@ -11,8 +11,9 @@ from coordinator.serving import serve_until, write_config
 from dipaco.run_digest import run_digest
 from protocol.address import parse_address
 from scripts.crash_points import finished_run, small_config
+from worker.calls import Coordinator
 from worker.client import WorkerClient
-from worker.loop import Coordinator, Worker
+from worker.loop import Worker
 from worker.probe import capabilities
 
 PATIENCE_S = 120.0

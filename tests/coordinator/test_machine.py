@@ -128,7 +128,7 @@ class Driver:
 
     def result(self, task: Task) -> TaskResult:
         """A pure function of the task, as a real one would be: not of where its last holder began."""
-        spec = self.machine.leases.spec(task).model_dump_json(exclude={"resume"})
+        spec = self.machine.leases.matching.spec(task).model_dump_json(exclude={"resume"})
         outputs = {name: ref(task.task_id, spec, name) for name in self.machine.expected_outputs(task)}
         steps = 2 if task.kind == "TRAIN" else 0
         return TaskResult(
@@ -375,9 +375,9 @@ def test_a_worker_that_never_beats_is_overdue_like_any_other() -> None:
     task = driver.lease(silent)
     assert task is not None
     driver.now += 3.9
-    assert driver.machine.leases.overdue(driver.now) == []
+    assert driver.machine.leases.liveness.overdue(driver.now) == []
     driver.now += 0.2
-    assert driver.machine.leases.overdue(driver.now) == [task.task_id]
+    assert driver.machine.leases.liveness.overdue(driver.now) == [task.task_id]
     steady = driver.hello("steady")
     taken = driver.lease(steady)
     assert taken is not None
@@ -386,7 +386,7 @@ def test_a_worker_that_never_beats_is_overdue_like_any_other() -> None:
     other = driver.lease(driver.hello("silent too"))
     assert other is not None
     driver.now += 3.1
-    assert other.task_id in driver.machine.leases.overdue(driver.now)
+    assert other.task_id in driver.machine.leases.liveness.overdue(driver.now)
 
 
 def test_an_overdue_task_gets_a_second_holder_and_the_first_complete_wins() -> None:
@@ -396,11 +396,11 @@ def test_an_overdue_task_gets_a_second_holder_and_the_first_complete_wins() -> N
     assert task is not None
     beating(driver, silent, task, beats=8)
     driver.now += 3.5  # a heartbeat interval of 2 s and a half are over, the lease of 10 s is not
-    assert driver.machine.leases.overdue(driver.now) == [task.task_id]
+    assert driver.machine.leases.liveness.overdue(driver.now) == [task.task_id]
     copy = driver.lease(other)
     assert copy is not None
     assert (copy.task_id, copy.fence) == (task.task_id, task.fence + 1)
-    assert driver.machine.leases.overdue(driver.now) == []
+    assert driver.machine.leases.liveness.overdue(driver.now) == []
     driver.complete(silent, task)
     assert driver.machine.leases.heartbeat(other, copy.task_id, copy.fence, 1, 1.0, 1, driver.now) == (True, 0.0)
     with pytest.raises(StaleLease):

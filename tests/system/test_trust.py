@@ -21,8 +21,9 @@ from protocol.keyfile import write_key_file
 from protocol.security import CERTS_DIR, IncompleteCertificates
 from scripts.crash_points import small_config
 from tests.small_run import SmallRun, undisturbed_digest
+from worker.calls import Coordinator
 from worker.client import WorkerClient
-from worker.loop import Coordinator, Worker
+from worker.loop import Worker
 from worker.probe import capabilities
 
 

@@ -20,7 +20,8 @@ from protocol.tasks import BlobRef, Capabilities, Checkpoint, TaskResult, TrainS
 from protocol.tensors import UploadHeader
 from worker import departure, loop
 from worker.client import Lease, Pulse, Welcome
-from worker.loop import Worker, reason_of
+from worker.leased_task import reason_of
+from worker.loop import Worker
 from worker.pace import Pace
 from worker.train import run_train
 
