@@ -236,7 +236,7 @@ def test_the_readme_names_every_package() -> None:
     named = set(re.findall(r"^([a-z]+)/ ", tree, flags=re.MULTILINE))
     folders = {path.parent.name for path in REPOSITORY.glob("*/__init__.py")}
     assert folders == set(MAY_IMPORT)
-    assert named == folders | {"scripts", "tests"}
+    assert named == folders | {"scripts", "docs", "tests"}
 
 
 def test_the_wheel_ships_the_packages_and_nothing_for_tests() -> None:
