@@ -45,8 +45,8 @@ LIVES = 3
 class EveryStep(Checkpoints):
     """Partial progress after each step, whatever it costs: its effects belong to the recorded run, at fixed numbers."""
 
-    def offer(self, take: Callable[[], Snapshot]) -> None:
-        self.hand_over(take)
+    def offer(self, take: Callable[[], Snapshot], copy_bytes: int) -> None:
+        self.hand_over(take, copy_bytes, sys.maxsize)
 
 
 class CrashRunFailed(RuntimeError):

@@ -32,6 +32,10 @@ class Departure:
         self._asked_at = 0.0
         self._waiting = False
 
+    def left_s(self) -> float:
+        """Seconds of its grace that are left to a worker that was asked to leave."""
+        return self.grace_s - (time.monotonic() - self._asked_at) if self.asked.is_set() else self.grace_s
+
     @contextmanager
     def cuts_short(self) -> Iterator[None]:
         """A wait that ends with Leave as soon as the worker is asked to leave."""

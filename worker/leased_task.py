@@ -23,12 +23,17 @@ from worker.departure import Departure, Leave
 from worker.heartbeat import Heartbeat, Say
 from worker.outcome import HandedBack, TaskOutcome, TaskStopped
 from worker.pace import Pace
+from worker.side_line import SideLine
 from worker.task import AnySpec, inputs, is_input_of_later_tasks, run_task, upload_header
 from worker.workspace import Workspace
 
-# A task whose steps would be over within this share of the grace is finished before the worker leaves: outputs take
-# the rest.
+# A task whose steps would be over within this share of what is left of the grace is finished before the worker leaves:
+# outputs take the rest.
 NEARLY_DONE_SHARE = 0.5
+# How long a worker that leaves tries to say so.
+FAREWELL_S = 3.0
+# How long a thread that was told to end is waited for.
+LET_GO_S = 1.0
 # How long a checkpoint is tried while nobody answers.
 CHECKPOINT_PATIENCE_S = 20.0
 
@@ -40,7 +45,6 @@ class Joined:
     worker_id: str
     experiment: Experiment
     heartbeat_s: float
-    grace_s: float
     cache: BlobCache
     pace: Pace | None
 
@@ -59,7 +63,6 @@ class LeasedTask:
         self._departure, self._say = departure, say
         self._key = (joined.worker_id, lease.task_id, lease.fence)
         self._heartbeat = Heartbeat(self._beat, joined.heartbeat_s, WIRE_ERRORS, say)
-        self._side: Coordinator | None = None
 
     def run(self, workspace: Workspace, connect: Connect) -> None:
         """Do the task; a failure is reported and the worker goes on. Raises Leave where the worker leaves meanwhile."""
@@ -89,14 +92,14 @@ class LeasedTask:
         resume = self._spec.resume if isinstance(self._spec, TrainSpec) else None
         self._say(f"{self._lease.task_id}: {f'goes on after step {resume.steps}' if resume else 'started'}")
         files, fetched = self._fetch()
-        checkpoints = self._checkpoints(out_dir, connect, files)
+        side = SideLine(connect, CHECKPOINT_PATIENCE_S)
+        checkpoints = self._checkpoints(out_dir, side, files)
         try:
             outcome = run_task(self._spec, self._joined.experiment, files, out_dir, self._progress(), checkpoints)
         finally:
             checkpoints.end()
-            if self._side is not None:
-                self._side.close()
-            checkpoints.wait(1.0)
+            side.close()
+            checkpoints.wait(LET_GO_S)
         sent = sum(self._upload(name, outcome) for name in sorted(outcome.files))
         result = outcome.result.model_copy(update={"fetched_bytes": fetched})
         self._client.complete(*self._key, result)
@@ -128,19 +131,21 @@ class LeasedTask:
                 raise OutdatedSpec(error) from None
             raise
 
-    def _checkpoints(self, out_dir: Path, connect: Connect, files: Mapping[str, Path]) -> Checkpoints:
+    def _checkpoints(self, out_dir: Path, side: SideLine, files: Mapping[str, Path]) -> Checkpoints:
         """Where the partial progress of the task goes, by a connection that can be let go of alone."""
 
         def send(path: Path, checkpoint: Checkpoint) -> None:
-            self._side = self._side or connect(CHECKPOINT_PATIENCE_S)
-            self._side.upload(path, self._header(CHECKPOINT, path, checkpoint.blob))
-            self._side.save_progress(*self._key, checkpoint)
+            client = side.client()
+            client.upload(path, self._header(CHECKPOINT, path, checkpoint.blob))
+            client.save_progress(*self._key, checkpoint)
 
         resume = self._spec.resume if isinstance(self._spec, TrainSpec) else None
         resume_path = files[resume.blob.digest] if resume else None
-        return Checkpoints(
-            send, self._joined.pace, out_dir, self._say, resume_path=resume_path, grace_s=self._joined.grace_s
-        )
+
+        def left_s() -> float:
+            return self._departure.left_s() - FAREWELL_S - 2 * LET_GO_S
+
+        return Checkpoints(send, self._joined.pace, out_dir, self._say, resume_path=resume_path, left_s=left_s)
 
     def _progress(self) -> Callable[[int, float, int], None]:
         """The callback between steps: tells the heartbeat, stops a task that is lost or that a leaving worker drops."""
@@ -155,7 +160,7 @@ class LeasedTask:
                 raise TaskStopped
             if self._departure.asked.is_set():
                 left_s = (time.monotonic() - computing) / (steps - resumed) * (total - steps)
-                if not 0 <= left_s <= NEARLY_DONE_SHARE * self._joined.grace_s:
+                if not 0 <= left_s <= NEARLY_DONE_SHARE * self._departure.left_s():
                     raise HandedBack
 
         return progress

@@ -22,14 +22,12 @@ from worker.calls import Connect, Coordinator
 from worker.client import WorkerClient
 from worker.departure import Departure, Leave
 from worker.heartbeat import Say
-from worker.leased_task import Joined, LeasedTask
+from worker.leased_task import FAREWELL_S, Joined, LeasedTask
 from worker.pace import Pace
 from worker.probe import capabilities
 from worker.workspace import Workspace
 
 LEASE_WAIT_S = 20.0
-# How long a worker that leaves tries to say so.
-FAREWELL_S = 3.0
 # Cached blobs of at least this size are worth preferring a task for.
 LARGE_BLOB_BYTES = 64 * 1024
 MAX_CACHED_DIGESTS = 1000
@@ -114,10 +112,9 @@ class Worker:
         self._say(f"joined run {welcome.run_name} as {welcome.worker_id} ({self._offers.fingerprint})")
         cache = BlobCache(self._cache_dir, config.execution.cache_bytes)
         execution, beat_s = config.execution, welcome.heartbeat_s
-        grace_s = execution.grace_s if self._grace_s is None else self._grace_s
-        self.departure.grace_s = grace_s
+        self.departure.grace_s = execution.grace_s if self._grace_s is None else self._grace_s
         pace = Pace(least_s=beat_s / 2) if execution.checkpoints else None
-        return Joined(welcome.worker_id, config.experiment, beat_s, grace_s, cache, pace)
+        return Joined(welcome.worker_id, config.experiment, beat_s, cache, pace)
 
     def _work(self, joined: Joined) -> None:
         """Lease and run tasks until the run is finished; raises Leave."""

@@ -1,7 +1,8 @@
 """How often partial progress is worth its cost: from what the latest checkpoint took and how often workers are lost.
 
 Pure; times in seconds. The interval sqrt(2 C M) loses least for a cost C and a mean time M between failures (Young, "A
-first order approximation to the optimum checkpoint interval", 1974).
+first order approximation to the optimum checkpoint interval", 1974). C is the whole time until the answer, though most
+of it costs no steps: what is on the wire is somebody's link.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ import math
 
 # Of the time of a task that making checkpoints may take away from its steps, and that one may be on the wire.
 COST_SHARE, WIRE_SHARE = 0.05, 0.2
+# The interval doubles with every failure in a row, so many times at most.
+MOST_DOUBLINGS = 6
 
 
 class Pace:
@@ -23,11 +26,13 @@ class Pace:
         self.mtbf_s = mtbf_s
         self._least_s = least_s
         self._cost_s = self._wire_s = 0.0
+        self.failures = 0
 
     @property
     def interval_s(self) -> float:
         young_s = math.sqrt(2 * self._wire_s * self.mtbf_s)
-        return max(self._least_s, self._cost_s / COST_SHARE, self._wire_s / WIRE_SHARE, young_s)
+        interval_s = max(self._least_s, self._cost_s / COST_SHARE, self._wire_s / WIRE_SHARE, young_s)
+        return math.ldexp(interval_s, min(self.failures, MOST_DOUBLINGS))
 
     def is_due(self, since_s: float) -> bool:
         """Whether `since_s` seconds of steps without a checkpoint are enough."""
@@ -35,4 +40,8 @@ class Pace:
 
     def took(self, cost_s: float, wire_s: float) -> None:
         """A checkpoint took `cost_s` of computing away, and `wire_s` passed from its start to the answer."""
-        self._cost_s, self._wire_s = cost_s, wire_s
+        self._cost_s, self._wire_s, self.failures = cost_s, wire_s, 0
+
+    def failed(self, cost_s: float, wire_s: float) -> None:
+        """One that took as much was not kept: the next one waits twice as long."""
+        self._cost_s, self._wire_s, self.failures = cost_s, wire_s, self.failures + 1

@@ -122,6 +122,7 @@ class Trainer:
         lengths = np.concatenate([file.lengths for file in token_files])
         rows = pack_rows(lengths, self._experiment.model.sequence_length)
         take = partial(self._snapshot, tally, time.monotonic())
+        copy_bytes = sum(3 * tensor.numel() * 4 for tensor in self.path.parameters())
         if checkpoints is not None:
             checkpoints.begin()
         for index in range(len(tally.step_losses), self._spec.steps):
@@ -133,12 +134,12 @@ class Trainer:
             tally.step_losses.append(loss_sum / count)
             unfinished = index + 1 < self._spec.steps
             if checkpoints is not None and unfinished:
-                checkpoints.offer(take)
+                checkpoints.offer(take, copy_bytes)
             try:
                 progress(index + 1, tally.step_losses[-1], tally.tokens)
             except HandedBack:
                 if checkpoints is not None and unfinished:
-                    checkpoints.hand_over(take)
+                    checkpoints.hand_over(take, copy_bytes, index + 1)
                 raise
 
     def _snapshot(self, tally: Tally, began_s: float) -> Snapshot:

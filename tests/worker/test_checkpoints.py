@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -50,8 +51,8 @@ class Kept:
 class EveryStep(Checkpoints):
     """Sends each one before the next step, so that a test sees them all."""
 
-    def offer(self, take: object) -> None:
-        super().offer(take)  # type: ignore[arg-type]
+    def offer(self, take: Callable[[], Snapshot], copy_bytes: int) -> None:
+        super().offer(take, copy_bytes)
         self.wait(30.0)
 
 
@@ -102,7 +103,7 @@ def test_a_worker_that_leaves_hands_over_what_it_has(make_run: MakeRun) -> None:
     run = make_run()
     spec = run.train_spec(run.add_modules("base"), steps=8)
     kept = Kept(run.root / "kept")
-    checkpoints = Checkpoints(kept.send, Pace(1000.0), run.root, print)
+    checkpoints = Checkpoints(kept.send, Pace(1000.0), run.root, print, left_s=lambda: 30.0)
 
     def leave(steps: int, loss: float, tokens: int) -> None:
         if steps == 3:
@@ -128,27 +129,75 @@ def test_one_is_under_way_at_a_time_and_steps_do_not_wait_for_it(tmp_path: Path)
 
     checkpoints = Checkpoints(send, Always(), tmp_path, print)
     for _ in range(5):
-        checkpoints.offer(snapshot)
+        checkpoints.offer(snapshot, 8)
         assert entered.wait(20.0)
     go_on.set()
     checkpoints.wait(20.0)
     assert sent == [1]
 
 
-def test_what_cannot_be_sent_is_said_and_disturbs_nothing(tmp_path: Path) -> None:
+def test_what_cannot_be_sent_is_said_once_and_tried_less_often(tmp_path: Path) -> None:
     said: list[str] = []
 
     def send(path: Path, checkpoint: Checkpoint) -> None:
         raise Unavailable("nobody answers")
 
-    checkpoints = Checkpoints(send, Always(), tmp_path, said.append)
-    checkpoints.offer(snapshot)
-    checkpoints.wait(20.0)
+    pace = Always()
+    checkpoints = Checkpoints(send, pace, tmp_path, said.append)
+    for _ in range(3):
+        checkpoints.offer(snapshot, 8)
+        checkpoints.wait(20.0)
     assert said == ["partial progress was not kept (nobody answers); the task goes on"]
-    checkpoints.end()
-    checkpoints.offer(snapshot)
+    assert pace.failures == 3
+    assert not list(tmp_path.iterdir()), "its file goes with it"
+
+
+def test_no_copy_is_made_where_memory_lacks(tmp_path: Path) -> None:
+    said: list[str] = []
+    taken: list[Snapshot] = []
+
+    def take() -> Snapshot:
+        taken.append(snapshot())
+        return taken[-1]
+
+    Checkpoints(lambda *_: None, Always(), tmp_path, said.append).offer(take, 1 << 60)
+    assert not taken
+    assert "finds no memory" in said[0]
+
+
+def test_the_copy_goes_as_soon_as_it_is_written(tmp_path: Path) -> None:
+    """The upload may take long, and the steps need the memory."""
+    copy = snapshot()
+    assert copy.write(tmp_path / "file").steps == 1
+    assert copy.tensors == {}
+
+
+def test_handing_over_sends_the_newest_and_nothing_twice(tmp_path: Path) -> None:
+    entered, go_on = threading.Event(), threading.Event()
+    sent: list[int] = []
+
+    def send(path: Path, checkpoint: Checkpoint) -> None:
+        entered.set()
+        assert go_on.wait(20)
+        assert file_digest(path)[0] == checkpoint.blob.digest, "a later one has a file of its own"
+        sent.append(checkpoint.steps)
+
+    def after(steps: int) -> Callable[[], Snapshot]:
+        value = np.full(2, steps, np.float32)
+        return lambda: Snapshot({"p.x": value}, 1, 1, 1.0, [1.0] * steps, 1.0)
+
+    checkpoints = Checkpoints(send, Always(), tmp_path, print, left_s=lambda: 0.2)
+    checkpoints.offer(after(1), 8)
+    assert entered.wait(20)
+    checkpoints.hand_over(after(1), 8, 1)
+    checkpoints.hand_over(after(2), 8, 2)
+    go_on.set()
     checkpoints.wait(20.0)
-    assert len(said) == 1, "nobody is told of what was given up"
+    for _ in range(1000):
+        if len(sent) == 2:
+            break
+        time.sleep(0.01)
+    assert sorted(sent) == [1, 2]
 
 
 def test_handing_over_waits_no_longer_than_the_grace(tmp_path: Path) -> None:
@@ -157,9 +206,9 @@ def test_handing_over_waits_no_longer_than_the_grace(tmp_path: Path) -> None:
     def send(path: Path, checkpoint: Checkpoint) -> None:
         stuck.wait(60)
 
-    checkpoints = Checkpoints(send, Always(), tmp_path, print, grace_s=0.2)
+    checkpoints = Checkpoints(send, Always(), tmp_path, print, left_s=lambda: 0.1)
     began_s = time.monotonic()
-    checkpoints.hand_over(snapshot)
+    checkpoints.hand_over(snapshot, 8, 1)
     assert not stuck.is_set()
     assert time.monotonic() - began_s < 30
     stuck.set()

@@ -35,3 +35,12 @@ def test_where_workers_stay_few_are_made() -> None:
     assert pace.interval_s == pytest.approx(2.0)  # sqrt(2 * 0.25 * 8)
     pace.mtbf_s = 3200.0
     assert pace.interval_s == pytest.approx(40.0)
+
+
+def test_failures_in_a_row_double_it() -> None:
+    pace = Pace(least_s=1.0)
+    pace.failed(0.0, 0.1)
+    pace.failed(0.0, 0.1)
+    assert pace.interval_s == pytest.approx(4.0)
+    pace.took(0.0, 0.1)
+    assert pace.interval_s == pytest.approx(1.0)
