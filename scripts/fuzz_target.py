@@ -20,6 +20,7 @@ from dipaco.run_digest import run_digest
 from scripts.crash_points import ROOT, finished_run, small_config
 from worker.loop import run_worker
 
+# How long the honest worker may say nothing.
 PATIENCE_S = 300.0
 START_S = 120.0
 _LISTENING = re.compile(rb"listening on (\S+)")
@@ -90,9 +91,11 @@ class Target:
     def honest_worker(self, share: Callable[[], float]) -> threading.Thread:
         """A worker that has done, at any time, about this share of the TRAIN tasks of the mixture."""
         done = 0
+        self._heard_s = time.monotonic()
 
         def heard(line: str) -> None:
             nonlocal done
+            self._heard_s = time.monotonic()
             if "/TRAIN/" in line and ": done in" in line:
                 done += 1
                 while self.alive and (now := share()) < 1 and done > now * self.num_tasks:
@@ -129,7 +132,8 @@ class Target:
 
     def digest(self, worker: threading.Thread) -> str:
         """The digest of the run once its worker has finished it; raises TargetFailed."""
-        worker.join(PATIENCE_S)
+        while worker.is_alive() and time.monotonic() < self._heard_s + PATIENCE_S:
+            worker.join(1.0)
         if worker.is_alive() or self._worker_error is not None:
             raise TargetFailed(f"the honest worker does not come to its end ({self._worker_error})")
         try:
