@@ -1,27 +1,24 @@
 """The coordinator process: applies the state machine's decisions to the journal, the store and the executor.
 
 Holds no decision of its own. Everything runs on one event loop; files and arithmetic are handed to threads. The
-order is always: outputs durable in the store, one transaction, then in memory, then the waiting workers are woken.
+order is always: outputs durable in the store, one transaction, then in memory (ledger.py), then the waiting workers
+are woken, and only then is anything said.
 """
 
 from __future__ import annotations
 
 import asyncio
-import errno
 import random
-import sqlite3
 import time
 from collections.abc import Callable, Coroutine, Iterable
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from configs.schema import Config
 from coordinator.decisions import Decision, Lease, StepDue
-from coordinator.evidence import keep_evidence, measure_evidence
+from coordinator.evidence import measure_evidence
 from coordinator.executor import Executor
-from coordinator.garbage import Garbage
 from coordinator.handlers import (
     HeartbeatAnswer,
     HeartbeatArgs,
@@ -33,17 +30,18 @@ from coordinator.handlers import (
 )
 from coordinator.jobs import Jobs
 from coordinator.journal import Journal
-from coordinator.machine import CHECKPOINT, Machine
+from coordinator.ledger import Ledger
+from coordinator.machine import Machine
 from coordinator.plan import Plan
 from coordinator.recovery import Findings, recover_store
 from coordinator.references import blobs_in, referenced_blobs
+from coordinator.results import Results
 from coordinator.robust import robust_average
 from coordinator.room import Room
 from coordinator.spool import Spool
-from coordinator.state import Standing, State, Task
-from coordinator.status import Tally, status_of
+from coordinator.state import State, Task
+from coordinator.status import status_of
 from coordinator.traffic import Traffic
-from coordinator.uploads import Upload
 from model.store import BlobStore
 from protocol.errors import UnknownBlob, WaitingForRoom
 from protocol.tasks import BlobRef, Checkpoint, TaskResult
@@ -72,12 +70,12 @@ class Coordinator:
         self._machine = Machine(self._plan, State(self._journal.rows()), random.SystemRandom())
         self._jobs = Jobs(self._plan, self._store, say)
         self._traffic = Traffic(self._machine.state)
-        self._tally = Tally()
+        self._room = Room(run_dir, config.execution.low_disk_bytes)
+        self._ledger = Ledger(run_dir, self._machine, self._journal, self._store, self._room, self._fail)
+        self._results = Results(self._ledger, self._spool, self._traffic, self._commit)
         self._changed = asyncio.Event()
         self._busy: set[object] = set()
         self._overdue: set[str] = set()
-        self._garbage = Garbage(self._store, self._machine)
-        self._room = Room(run_dir, config.execution.low_disk_bytes)
         self._told_of_waiting = self._closed = False
         self._awaited_until = 0.0
         self._background: set[asyncio.Task[None]] = set()
@@ -100,9 +98,6 @@ class Coordinator:
         Raises RunUnusable where blobs are missing or damaged.
         """
         self._room.look()
-        for metric in self._journal.metrics():
-            self._tally.add(metric)
-            self._machine.claims.learn(metric)
         if not self._machine.state.stages:
             self._commit(self._machine.open(time.time()))
             return
@@ -128,9 +123,9 @@ class Coordinator:
         """How far the run is, in one line."""
         state = self._machine.state
         done = sum(stage.status == "done" for stage in state.stages.values())
-        versions = [module.version for module in state.modules.values()]
+        versions, steps = [module.version for module in state.modules.values()], self._ledger.tally.steps
         return (
-            f"going on with {self.run_dir}: {done} of {len(state.stages)} stages done, {self._tally.steps} inner steps "
+            f"going on with {self.run_dir}: {done} of {len(state.stages)} stages done, {steps} inner steps "
             f"in the weights, {len(versions)} modules"
             + (f" of versions {min(versions)} to {max(versions)}" if versions else "")
             + f", {len(state.lifelines)} leases are live"
@@ -206,38 +201,13 @@ class Coordinator:
     # --- decisions --------------------------------------------------------------------------------------------------
 
     def _commit(self, decision: Decision) -> None:
-        """Store a decision, make it current, let go of what it made obsolete, and wake who waits."""
-        kept = [(keep_evidence(self.run_dir, self._store, dispute), dispute) for dispute in decision.disputes]
-        self._store_durably(decision)
-        for metric in decision.metrics:
-            self._tally.add(metric)
-            self._machine.claims.learn(metric)
-        for note in decision.notes:
-            self.say(note)
-        self._machine.apply(decision)
-        for folder, dispute in kept:
-            if dispute.banned:
-                self._start(folder, asyncio.to_thread(measure_evidence, folder, dispute))
-        self._garbage.let_go(decision.obsolete)
+        """Store a decision and make it current, begin what follows from it, wake who waits, and speak last."""
+        for folder, dispute in self._ledger.commit(decision):
+            self._start(folder, asyncio.to_thread(measure_evidence, folder, dispute))
         self._wake()
         self._dispatch()
-
-    def _store_durably(self, decision: Decision) -> None:
-        """One transaction. Raises WaitingForRoom, with leases as they were, where there is no room for it now.
-
-        Where it cannot be written for another reason the process ends, and a restart goes on from before it.
-        """
-        if not (decision.rows or decision.metrics):
-            return
-        try:
-            self._journal.commit(decision.rows, decision.metrics)
-        except sqlite3.OperationalError as error:
-            if self._room.lacked_by(error):
-                self._room.refused()
-                self._machine.leases.reconcile(time.monotonic())
-                raise WaitingForRoom(self._room.waiting) from None
-            self._fail(OSError(errno.EIO, f"{self.run_dir} cannot be written ({error}); mend that and start again"))
-            raise
+        for note in decision.notes:
+            self.say(note)
 
     def _fail(self, error: Exception) -> None:
         if not self.failure.done():
@@ -364,10 +334,9 @@ class Coordinator:
                 self._machine.leases.known(worker_id, now)
                 self._room.require()
             lease = self._machine.leases.lease(worker_id, cached_digests, now)
-            self._store_durably(lease.decision)
+            self._ledger.commit(lease.decision)
         except WaitingForRoom as error:
             return Lease(waiting_for=str(error))
-        self._machine.apply(lease.decision)
         for note in lease.decision.notes:
             self.say(note)
         if lease.task is not None and lease.task.audited:
@@ -381,32 +350,10 @@ class Coordinator:
         return HeartbeatAnswer(lost, lease_s)
 
     async def complete(self, worker_id: str, task_id: str, fence: int, result: TaskResult) -> bool:
-        if self._journal.has_metric(task_id) or self._machine.claims.holds(task_id, fence):
-            return True
-        self._machine.leases.held_task(task_id, fence, worker_id)
-        self._garbage.landing_of_task(task_id, [ref.digest for ref in result.outputs.values()])
-        await asyncio.to_thread(self._spool.commit, task_id, fence, result.outputs)
-        norms = await asyncio.to_thread(self._spool.norms, task_id, fence)
-        if self._journal.has_metric(task_id) or self._machine.claims.holds(task_id, fence):
-            self._garbage.let_go()
-            return True
-        norms = {output: norm for output, norm in norms.items() if output in result.outputs}
-        done = self._count_outputs(worker_id, task_id, fence, result, norms)
-        await asyncio.to_thread(self._spool.discard, task_id, fence if done is None else None)
+        counted_already, done = await self._results.complete(worker_id, task_id, fence, result)
         if done is not None and done.kind == "TRAIN":
             self._accumulate(done, done.outputs)
-        return done is None
-
-    def _count_outputs(
-        self, worker_id: str, task_id: str, fence: int, result: TaskResult, norms: dict[str, float]
-    ) -> Task | None:
-        """The transaction of a task whose outputs are durable in the store; the task as it is done, if it is now."""
-        decision = self._machine.complete(worker_id, task_id, fence, result, time.monotonic(), time.time(), norms)
-        if not any(isinstance(row, Standing) for row in decision.rows):
-            decision = replace(decision, rows=(*decision.rows, self._machine.state.standing))
-        self._commit(decision)
-        done = [row for row in decision.rows if isinstance(row, Task) and row.key == task_id and row.status == "done"]
-        return done[0] if done else None
+        return counted_already
 
     def _accumulate(self, task: Task, outputs: dict[str, BlobRef]) -> None:
         """Let the executor add the contributions of a task to the sums of its modules while others still train."""
@@ -421,16 +368,7 @@ class Coordinator:
                 self._start((model, module_id, task.phase, shard), add)
 
     async def save_progress(self, worker_id: str, task_id: str, fence: int, checkpoint: Checkpoint) -> bool:
-        task = self._machine.leases.held_task(task_id, fence, worker_id)
-        digest = checkpoint.blob.digest
-        try:
-            with self._garbage.landing([digest]):
-                await asyncio.to_thread(self._spool.commit, task_id, fence, {CHECKPOINT: checkpoint.blob})
-                decision = self._machine.save_progress(worker_id, task_id, fence, checkpoint, time.monotonic())
-                self._commit(decision)
-        finally:
-            self._garbage.let_go([digest])
-        return bool(decision.rows) or task.independent  # a worker is not to learn from this that it is audited
+        return await self._results.save_progress(worker_id, task_id, fence, checkpoint)
 
     async def release(self, args: ReleaseArgs) -> None:
         decision = self._machine.leases.release(
@@ -441,7 +379,7 @@ class Coordinator:
         self._commit(decision)
 
     async def status(self) -> dict[str, Any]:
-        status = status_of(self._plan, self._machine.state, self._tally, time.monotonic())
+        status = status_of(self._plan, self._machine.state, self._ledger.tally, time.monotonic())
         return {**status, "waiting": self._room.waiting}
 
     async def blob_path(self, digest: str) -> Path:
@@ -452,11 +390,7 @@ class Coordinator:
         return path
 
     async def upload_offset(self, task_id: str, fence: int, digest: str) -> int:
-        self._machine.leases.held_task(task_id, fence)
-        return self._spool.offset(task_id, fence, digest)
+        return self._results.upload_offset(task_id, fence, digest)
 
     async def begin_upload(self, header: UploadHeader) -> UploadSink:
-        task = self._machine.leases.held_task(header.task_id, header.fence, header.worker_id)
-        self._room.require()
-        expected = self._machine.accepted_uploads(task)
-        return await asyncio.to_thread(Upload, self._spool, header, expected, self._traffic, self._room.refused)
+        return await self._results.begin_upload(header)

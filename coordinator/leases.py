@@ -38,6 +38,7 @@ class Leases:
 
     def reconcile(self, now: float) -> None:
         """Leases and workers are again what the rows say, after a decision that could not be stored."""
+        self.liveness.losses.take_back()
         live = {
             (task.task_id, holder.fence): (task, holder)
             for task in self.state.tasks.values()

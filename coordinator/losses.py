@@ -1,6 +1,7 @@
 """How long workers hold leases before they are lost: what the interval between checkpoints follows from. Pure.
 
-Counted into the run's standing, which is stored with the next completed task, so that it outlives the coordinator.
+Counted while a decision is made, into the run's standing, which is stored with the next completed task, so that it
+outlives the coordinator; what comes of a decision that could not be stored is taken back.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ class Losses:
 
     def __init__(self, state: State) -> None:
         self._state = state
+        self._unsettled = 0
 
     def kept(self, lifeline: Lifeline, now: float) -> None:
         """A lease ended in peace."""
@@ -32,8 +34,18 @@ class Losses:
         standing = self._state.standing
         return (standing.held_s + PRIOR_S) / (standing.leases_lost + 1)
 
-    def _count(self, held_s: float, lost: int) -> None:
+    def settle(self) -> None:
+        """The decision that ended leases is stored."""
+        self._unsettled = 0
+
+    def take_back(self) -> None:
+        """It could not be: no lease was lost by it. How long they were held stays, since they begin anew from now."""
         standing = self._state.standing
+        self._state.standing = replace(standing, leases_lost=standing.leases_lost - self._unsettled)
+        self._unsettled = 0
+
+    def _count(self, held_s: float, lost: int) -> None:
+        standing, self._unsettled = self._state.standing, self._unsettled + lost
         self._state.standing = replace(
             standing, held_s=standing.held_s + max(0.0, held_s), leases_lost=standing.leases_lost + lost
         )

@@ -335,6 +335,7 @@ class Machine:
         """Make a stored decision current."""
         self.state.apply(decision.rows)
         self.state.forget_tasks(decision.finished_tasks)
+        self.leases.liveness.losses.settle()
 
     def referenced(self) -> set[str]:
         """Digests that some row needs; everything else in the store is garbage."""

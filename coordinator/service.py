@@ -67,6 +67,8 @@ async def _to_the_end(work: Coroutine[Any, Any, T]) -> T:
         return await asyncio.shield(task)
     except asyncio.CancelledError:
         await asyncio.wait([task])
+        if not task.cancelled():
+            task.exception()  # nobody is there any more to be told
         raise
 
 
@@ -130,13 +132,14 @@ class CoordinatorService(pb_grpc.CoordinatorServicer):  # type: ignore[misc, unu
     async def Complete(self, request: Any, context: Any) -> Any:  # noqa: N802
         result = decode_result(request.result)
         worker_id = _own(request.worker_id, context)
-        duplicate = await self._handlers.complete(worker_id, request.task_id, request.fence, result)
+        duplicate = await _to_the_end(self._handlers.complete(worker_id, request.task_id, request.fence, result))
         return pb.CompleteReply(duplicate=duplicate)
 
     async def SaveProgress(self, request: Any, context: Any) -> Any:  # noqa: N802
         checkpoint = decode_checkpoint(request.checkpoint)
         worker_id = _own(request.worker_id, context)
-        kept = await self._handlers.save_progress(worker_id, request.task_id, request.fence, checkpoint)
+        saving = self._handlers.save_progress(worker_id, request.task_id, request.fence, checkpoint)
+        kept = await _to_the_end(saving)
         return pb.SaveProgressReply(kept=kept)
 
     async def Release(self, request: Any, context: Any) -> Any:  # noqa: N802

@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from dipaco.shadows import PACKAGES
@@ -53,4 +53,5 @@ def no_room_at(path: Path) -> Iterator[None]:
 
 def say_wrong(message: str) -> None:
     """One line on standard error."""
-    print(f"dipaco: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    with suppress(OSError):  # the exit code says it, too
+        print(f"dipaco: {' '.join(message.split())}", file=sys.stderr, flush=True)

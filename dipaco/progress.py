@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 import time
+from contextlib import suppress
 from typing import Any, Protocol
 
 Status = dict[str, Any]
@@ -52,7 +53,8 @@ class PlainLines:
             self.say(summary(status))
 
     def say(self, line: str) -> None:
-        print(line, file=sys.stderr if self._to_stderr else sys.stdout, flush=True)
+        with suppress(OSError):  # an output that cannot be written (a full disk, a closed pipe) ends no run
+            print(line, file=sys.stderr if self._to_stderr else sys.stdout, flush=True)
 
 
 class LivePanel:
@@ -76,7 +78,8 @@ class LivePanel:
         self._live.update(panel(status))
 
     def say(self, line: str) -> None:
-        self._console.print(line, markup=False, highlight=False)
+        with suppress(OSError):
+            self._console.print(line, markup=False, highlight=False)
 
 
 def summary(status: Status) -> str:

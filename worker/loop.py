@@ -34,8 +34,9 @@ MAX_CACHED_DIGESTS = 1000
 
 
 def say_with_time(sentence: str) -> None:
-    """A plain log line."""
-    print(f"{time.strftime('%H:%M:%S')} {sentence}", flush=True)
+    """A plain log line; one that cannot be written (a full disk, a closed pipe) ends no worker."""
+    with suppress(OSError):
+        print(f"{time.strftime('%H:%M:%S')} {sentence}", flush=True)
 
 
 def run_worker(

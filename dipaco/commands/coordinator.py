@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -52,4 +53,6 @@ def coordinator(
 
 
 def _say(line: str) -> None:
-    print(line, flush=True)
+    """A log that cannot be written (a full disk, a closed pipe) ends no run."""
+    with suppress(OSError):
+        print(line, flush=True)

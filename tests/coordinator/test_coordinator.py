@@ -374,9 +374,9 @@ def test_outputs_that_landed_stay_for_a_completion_that_is_asked_for_again(tmp_p
         outcome = run.compute(lease)
         await run.upload(lease, outcome)
         digests = [blob.digest for blob in outcome.result.outputs.values()]
-        run.coordinator._garbage.landing_of_task(lease.task_id, digests)
+        run.coordinator._ledger.garbage.landing_of_task(lease.task_id, digests)
         await asyncio.to_thread(run.coordinator._spool.commit, lease.task_id, lease.fence, outcome.result.outputs)
-        run.coordinator._garbage.let_go(digests)
+        run.coordinator._ledger.garbage.let_go(digests)
         assert not await run.complete(lease, outcome)
         assert not await _lacking(run.run_dir)
 
@@ -393,8 +393,8 @@ def test_outputs_of_a_task_that_another_holder_completed_are_let_go_of(tmp_path:
     async def script(run: Played) -> None:
         lease = await run.until_leased("TRAIN")
         aside = run.coordinator._store.put_bytes(b"what a slower holder computed")[0]
-        run.coordinator._garbage.landing_of_task(lease.task_id, [aside])
-        run.coordinator._garbage.let_go([aside])
+        run.coordinator._ledger.garbage.landing_of_task(lease.task_id, [aside])
+        run.coordinator._ledger.garbage.let_go([aside])
         assert run.coordinator._store.has(aside), "its task is open"
         await run.task(lease)
         assert not run.coordinator._store.has(aside)
