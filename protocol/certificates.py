@@ -31,7 +31,7 @@ from protocol.security import (
     TOKEN_FILE,
     WORKERS_DIR,
 )
-from protocol.tokens import Tokens, new_token, token_sha256
+from protocol.tokens import BadTokenFile, Tokens, new_token, token_sha256
 
 CA_COMMON_NAME = "dipaco run CA"
 CA_VALID_DAYS, SERVER_VALID_DAYS = 3650, 825
@@ -75,31 +75,37 @@ def write_certificates(
         server = issue(
             authority, COORDINATOR_NAME, now, now + datetime.timedelta(days=SERVER_VALID_DAYS), server_names=names
         )
-        token = _load_token(certs_dir) or new_token()
+        token, tokens = _admitted_token(certs_dir, now)
         join = JoinFile(token=token, ca_pem=authority.certificate_pem.decode(), address=address)
         write_key_file(certs_dir / KEY_FILE, server.key_pem, private=True)
         write_key_file(certs_dir / CERTIFICATE_FILE, server.certificate_pem)
+        write_tokens(certs_dir, tokens)
         write_key_file(certs_dir / JOIN_FILE, join.to_json().encode(), private=True)
-        write_tokens(certs_dir, _tokens_with(certs_dir, token, now))
     return join
 
 
 def rotate_token(certs_dir: Path, overlap_s: float, now: datetime.datetime | None = None) -> JoinFile:
     """Give the run a new token; the one before admits for `overlap_s` seconds more. Returns the new join file.
 
-    The join files are written first: a process that ends in between has changed nothing for those that have joined.
-    Raises NoAuthority.
+    All that is handed out is admitted first, and nothing ends before all of it is written: a process that ends in
+    between has shut nobody out, and the same command does the rest. Raises NoAuthority, and BadJoinFile before anything
+    is written.
     """
     now = now or datetime.datetime.now(datetime.UTC)
     check_made(certs_dir)
     with one_writer(certs_dir):
         before = JoinFile.read(certs_dir / JOIN_FILE)
         join = before.model_copy(update={"token": new_token()})
-        tokens = _tokens_with(certs_dir, before.token, now)
-        write_key_file(certs_dir / JOIN_FILE, join.to_json().encode(), private=True)
+        handed_out = {certs_dir / JOIN_FILE: join}
         for path in sorted((certs_dir / WORKERS_DIR).glob("*.json")):
-            own = JoinFile.read(path).model_copy(update={"token": join.token})
-            write_key_file(path, own.to_json().encode(), private=True)
+            handed_out[path] = JoinFile.read(path).model_copy(update={"token": join.token})
+        try:
+            tokens = _tokens_on_file(certs_dir) or Tokens(token_sha256(before.token))
+        except BadTokenFile:
+            tokens = Tokens(token_sha256(before.token))
+        write_tokens(certs_dir, tokens.announced(join.token))
+        for path, each in handed_out.items():
+            write_key_file(path, each.to_json().encode(), private=True)
         write_tokens(certs_dir, tokens.rotated(join.token, now.timestamp() + overlap_s))
     return join
 
@@ -116,13 +122,25 @@ def write_tokens(certs_dir: Path, tokens: Tokens) -> None:
     write_key_file(certs_dir / TOKEN_FILE, tokens.text().encode(), private=True)
 
 
-def _tokens_with(certs_dir: Path, token: str, now: datetime.datetime) -> Tokens:
-    """The tokens on file with this one as the current one: replaced ones keep their ends."""
+def _admitted_token(certs_dir: Path, now: datetime.datetime) -> tuple[str, Tokens]:
+    """The token to hand out, and the tokens on file with that one admitted: nobody who was let in is shut out by it.
+
+    It is the join file's, unless that one has been replaced and has ended.
+    """
+    path = certs_dir / JOIN_FILE
+    token = JoinFile.read(path).token if path.is_file() else new_token()
+    tokens = _tokens_on_file(certs_dir)
+    if tokens is None:
+        return token, Tokens(token_sha256(token))
+    if tokens.standing(token, now.timestamp()) == "ended":
+        token = new_token()
+    return token, tokens.announced(token)
+
+
+def _tokens_on_file(certs_dir: Path) -> Tokens | None:
+    """None where there is no token file yet."""
     path = certs_dir / TOKEN_FILE
-    if not path.is_file():
-        return Tokens(token_sha256(token))
-    tokens = Tokens.parse(path.read_text(encoding="ascii"))
-    return tokens if tokens.current == token_sha256(token) else tokens.rotated(token, now.timestamp())
+    return Tokens.parse(path.read_text(encoding="ascii", errors="replace")) if path.is_file() else None
 
 
 def _alternative_names(hosts: Sequence[str]) -> list[x509.GeneralName]:
@@ -232,8 +250,3 @@ def issue(
     if server_names:
         builder = builder.add_extension(x509.SubjectAlternativeName(server_names), critical=False)
     return Identity(builder.sign(authority.key, hashes.SHA256()), key)
-
-
-def _load_token(certs_dir: Path) -> str | None:
-    path = certs_dir / JOIN_FILE
-    return JoinFile.read(path).token if path.is_file() else None

@@ -31,8 +31,9 @@ def issue_worker(
     address: str | None = None,
     now: datetime.datetime | None = None,
 ) -> tuple[Path, IssuedCertificate]:
-    """Issue a certificate to the worker `name` and write its join file to `out`, or to RUN/certs/workers/NAME.json.
+    """Issue a certificate to the worker `name` and write its join file to RUN/certs/workers/NAME.json, and to `out`.
 
+    The one in RUN/certs is kept in any case: a new token is put into it, and it can be copied to the machine again.
     A name may be issued to again, to renew: both certificates are valid until one ends or is revoked. Raises BadRoster
     where the name is none, NoAuthority where the run has no CA.
     """
@@ -43,7 +44,7 @@ def issue_worker(
         )
     now = (now or datetime.datetime.now(datetime.UTC)).replace(microsecond=0)
     check_made(certs_dir)
-    path = out or certs_dir / WORKERS_DIR / f"{name}.json"
+    kept = kept_join_file(certs_dir, name)
     with one_writer(certs_dir):
         authority = load_authority(certs_dir)
         expires = min(now + datetime.timedelta(days=WORKER_VALID_DAYS), authority.certificate.not_valid_after_utc)
@@ -61,9 +62,23 @@ def issue_worker(
         )
         roster = Roster.read(certs_dir / ROSTER_FILE).with_one_more(issued)
         write_key_file(certs_dir / ROSTER_FILE, roster.to_json().encode(), private=True)
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        write_key_file(path, join.to_json().encode(), private=True)
-    return path, issued
+        for path in dict.fromkeys((kept, out or kept)):
+            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            write_key_file(path, join.to_json().encode(), private=True)
+    return out or kept, issued
+
+
+def kept_join_file(certs_dir: Path, name: str) -> Path:
+    """Where the join file of a worker is kept; files of runs of older versions may have been written elsewhere only."""
+    return certs_dir / WORKERS_DIR / f"{name}.json"
+
+
+def admitted_machines(certs_dir: Path, now: datetime.datetime | None = None) -> tuple[str, ...]:
+    """The names, other than this machine's own, that have a certificate which is neither revoked nor over."""
+    now = now or datetime.datetime.now(datetime.UTC)
+    found = Roster.read(certs_dir / ROSTER_FILE).certificates
+    names = (each.name for each in found if each.revoked is None and each.expires > now and each.name != LOCAL_NAME)
+    return tuple(dict.fromkeys(names))
 
 
 def revoke(certs_dir: Path, name_or_serial: str, now: datetime.datetime | None = None) -> tuple[IssuedCertificate, ...]:
@@ -81,7 +96,7 @@ def revoke(certs_dir: Path, name_or_serial: str, now: datetime.datetime | None =
 def local_join(certs_dir: Path, now: datetime.datetime | None = None) -> Path:
     """The join file of this machine's own workers, with a certificate that is issued where none will last."""
     now = now or datetime.datetime.now(datetime.UTC)
-    path = certs_dir / WORKERS_DIR / f"{LOCAL_NAME}.json"
+    path = kept_join_file(certs_dir, LOCAL_NAME)
     lasting = [
         each
         for each in Roster.read(certs_dir / ROSTER_FILE).certificates

@@ -15,6 +15,8 @@ from typing import Literal
 
 # Replaced tokens that are remembered, so that whoever still presents one is told what has happened.
 MAX_RETIRED = 16
+# The end of a token that has none yet: it is admitted beside the current one until a rotation decides on it.
+NO_END_S = 1e11
 _LINE = re.compile(r"^([0-9a-f]{64})(?: (\d+(?:\.\d+)?))?$")
 
 Standing = Literal["current", "ending", "ended", "unknown"]
@@ -54,10 +56,18 @@ class Tokens:
         """The file's text."""
         return "".join(f"{line}\n" for line in (self.current, *(f"{old} {end:.3f}" for old, end in self.retired)))
 
+    def announced(self, token: str) -> Tokens:
+        """With `token` admitted beside the others, if it is new: it may be handed out before a rotation to it."""
+        new = token_sha256(token)
+        if new == self.current or new in dict(self.retired):
+            return self
+        return Tokens(self.current, ((new, NO_END_S), *self.retired)[:MAX_RETIRED])
+
     def rotated(self, token: str, ends_s: float) -> Tokens:
         """With `token` as the current one, and the one before valid until `ends_s`; no older one outlives that."""
-        older = tuple((old, min(end, ends_s)) for old, end in self.retired)
-        return Tokens(token_sha256(token), ((self.current, ends_s), *older)[:MAX_RETIRED])
+        new = token_sha256(token)
+        older = tuple((old, min(end, ends_s)) for old, end in self.retired if old != new)
+        return Tokens(new, ((self.current, ends_s), *older)[:MAX_RETIRED])
 
     def standing(self, token: str, now_s: float) -> Standing:
         """What a presented token is worth. Every hash is compared, so that the time taken tells nothing."""

@@ -25,7 +25,7 @@ def certs(
         typer.Option(metavar="NAME", help="Issue a certificate of its own to one machine, in a join file of its own."),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="With --worker: the file to write; RUN/certs/workers/NAME.json by default.")
+        Path | None, typer.Option(help="With --worker: where to write the file beside RUN/certs/workers/NAME.json.")
     ] = None,
     list_issued: Annotated[bool, typer.Option("--list", help="Show the certificates issued to workers.")] = False,
     revoke: Annotated[
@@ -153,16 +153,26 @@ def _revoke(directory: Path, wanted: str) -> tuple[Any, list[str]]:
 
 def _rotate(directory: Path, overlap_s: float) -> tuple[Any, list[str]]:
     from protocol.certificates import rotate_token
+    from protocol.enrolment import admitted_machines, kept_join_file
     from protocol.security import JOIN_FILE
 
+    files = {name: kept_join_file(directory, name) for name in admitted_machines(directory)}
     rotate_token(directory, overlap_s)
     join = directory / JOIN_FILE
-    kept = (
+    kept = {name: str(path) for name, path in files.items() if path.is_file()}
+    lost = [name for name in files if name not in kept]
+    lines = [
+        f"the new token is in {join}",
         f"the old token admits for {overlap_s:g} s more, in which running workers take over the new one by themselves"
         if overlap_s
-        else "the old token admits nobody any more: copy the file to every worker that is to go on"
-    )
-    return {"join": str(join), "overlap_s": overlap_s}, [f"the new token is in {join}", kept]
+        else "the old token admits nobody any more: copy the file to every worker that is to go on",
+    ]
+    if kept:
+        lines.append("machines with a file of their own need that one: " + ", ".join(kept.values()))
+    lines += [
+        f"the file of {name} is not kept here; make it a new one: `dipaco certs RUN --worker {name}`" for name in lost
+    ]
+    return {"join": str(join), "overlap_s": overlap_s, "workers": kept, "without_file": lost}, lines
 
 
 def _entry(certificate: IssuedCertificate) -> dict[str, Any]:

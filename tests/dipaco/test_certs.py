@@ -78,6 +78,18 @@ def test_the_token_is_replaced_and_never_shown(certs: Certs) -> None:
     assert set(made) == {"certs", "join", "hosts"}
 
 
+def test_the_machines_that_need_a_file_with_the_new_token_are_named(certs: Certs) -> None:
+    assert "machines" not in certs("--rotate-token")
+    certs("--worker", "alice", "--out", "alice.json")
+    certs("--worker", "bob")
+    Path("run/certs/workers/bob.json").unlink()  # as before files were kept here
+    printed = certs("--rotate-token")
+    assert "machines with a file of their own need that one: run/certs/workers/alice.json\n" in printed
+    assert "the file of bob is not kept here; make it a new one: `dipaco certs RUN --worker bob`" in printed
+    told = answer(certs, "--rotate-token")
+    assert (told["workers"], told["without_file"]) == ({"alice": "run/certs/workers/alice.json"}, ["bob"])
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [

@@ -11,7 +11,15 @@ from cryptography import x509
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from protocol.certificates import NoAuthority, rotate_token, write_certificates
-from protocol.enrolment import LOCAL_NAME, WORKER_VALID_DAYS, issue_worker, local_join, revoke
+from protocol.enrolment import (
+    LOCAL_NAME,
+    WORKER_VALID_DAYS,
+    admitted_machines,
+    issue_worker,
+    kept_join_file,
+    local_join,
+    revoke,
+)
 from protocol.expiry import CertificateEnded, check_join_file, check_server
 from protocol.joinfile import BadJoinFile, JoinFile
 from protocol.keyfile import write_key_file
@@ -53,6 +61,18 @@ def test_the_file_may_be_written_elsewhere(certs: Path, tmp_path: Path) -> None:
     path, _ = issue_worker(certs, "alice", tmp_path / "usb" / "alice.json", address="coordinator:7", now=NOW)
     assert path == tmp_path / "usb" / "alice.json"
     assert JoinFile.read(path).address == "coordinator:7"
+    kept = kept_join_file(certs, "alice")
+    assert kept.read_bytes() == path.read_bytes()
+    assert stat.S_IMODE(kept.stat().st_mode) == 0o600
+    assert JoinFile.read(path).token != rotate_token(certs, 60.0, now=NOW).token == JoinFile.read(kept).token
+
+
+def test_whose_files_a_new_token_concerns(certs: Path, tmp_path: Path) -> None:
+    for name in ("alice", "alice", "bob", "carol", LOCAL_NAME):
+        issue_worker(certs, name, now=NOW)
+    revoke(certs, "carol", now=NOW)
+    assert admitted_machines(certs, NOW) == ("alice", "bob")
+    assert admitted_machines(certs, NOW + datetime.timedelta(days=WORKER_VALID_DAYS)) == ()
 
 
 def test_a_plain_join_file_stays_readable_by_older_versions(certs: Path) -> None:

@@ -26,6 +26,20 @@ def test_no_older_one_outlives_the_one_that_was_replaced_last() -> None:
     assert [sooner.standing(token, 60.0) for token in (first, second, third)] == ["ended", "ended", "current"]
 
 
+def test_an_announced_token_admits_beside_the_others_until_a_rotation_decides_on_it() -> None:
+    first, second, third, fourth = (new_token() for _ in range(4))
+    announced = Tokens(token_sha256(first)).rotated(second, 100.0).announced(third)
+    standings = [announced.standing(token, 50.0) for token in (first, second, third)]
+    assert standings == ["ending", "current", "ending"]
+    assert announced.standing(third, 4e9) == "ending"
+    assert Tokens.parse(announced.text()) == announced
+    assert announced.announced(first) == announced.announced(second) == announced
+    made_current = announced.rotated(third, 200.0)
+    assert made_current == Tokens(token_sha256(first)).rotated(second, 100.0).rotated(third, 200.0)
+    passed_over = announced.rotated(fourth, 200.0)
+    assert [passed_over.standing(third, now) for now in (199.0, 200.0)] == ["ending", "ended"]
+
+
 def test_only_so_many_are_remembered() -> None:
     tokens = Tokens(token_sha256(new_token()))
     for _ in range(MAX_RETIRED + 5):
