@@ -384,6 +384,8 @@ class Execution(Section):
     log_files: Annotated[int, Field(ge=2)] = 8
     quarantine_factor: Annotated[float, Field(gt=1)] | None = 10.0
     audit_share: Fraction = 0.0
+    # Workers (names, or those of their certificates) whose ban ends when the coordinator starts.
+    unban: list[str] = []
 
     @model_validator(mode="after")
     def _leases_outlast_heartbeats(self) -> Execution:

@@ -15,9 +15,12 @@ from coordinator.decisions import Decision, Dispute
 from coordinator.norms import Norms
 from coordinator.plan import Plan
 from coordinator.state import Claim, Conduct, Row, State, Task, Worker
-from coordinator.verdict import MAX_CLAIMS, Verdict, module_norms
+from coordinator.verdict import MAX_CLAIMS, Verdict, differ, module_norms, names_of
 from protocol.errors import Banned
 from protocol.tasks import TaskResult
+
+# For so many leases a third worker is waited for where two differ, before the run pauses and says so.
+UNDECIDED_LEASES = 50
 
 
 class Claims:
@@ -31,6 +34,7 @@ class Claims:
         self._norms = Norms(self._execution.quarantine_factor)
         self._said_alone = False
         self._alone_since_s: dict[str, float] = {}
+        self._undecided_since_s: dict[str, float] = {}
 
     def learn(self, metric: Mapping[str, Any]) -> None:
         """A task counts: its norms, as its metric holds them, are what later ones are measured by."""
@@ -39,7 +43,16 @@ class Claims:
     def check_allowed(self, identity: str) -> None:
         """Raises Banned."""
         if self._is_banned(identity):
-            raise Banned(f"worker {identity} is banned from this run: {self._state.conduct[identity].banned}")
+            raise Banned(
+                f"worker {identity} is banned from this run: {self._state.conduct[identity].banned}; to admit it again "
+                f"start the coordinator with execution.unban: [{identity}]"
+            )
+
+    def unbanned(self) -> Decision:
+        """At a start: those that the configuration names in `execution.unban` are admitted again."""
+        lifted = [row for name in self._execution.unban if (row := self._state.conduct.get(name)) and row.banned]
+        notes = (f"worker {row.identity} is admitted again, by execution.unban: {row.banned}" for row in lifted)
+        return Decision(tuple(replace(row, banned="") for row in lifted), notes=tuple(notes))
 
     # --- who computes it --------------------------------------------------------------------------------------------
 
@@ -55,15 +68,41 @@ class Claims:
     def may_take(self, task: Task, worker: Worker, able: Callable[[Worker], bool], now: float) -> bool:
         """Whether the worker has made no claim to the task, or for as long as a lease no other one that is `able` came.
 
-        After a restart of the coordinator the others are not known at once.
+        After a restart of the coordinator the others are not known at once. Where two have differed a third decides:
+        neither is asked again, whoever comes first would win.
         """
         taken = {claim.identity for claim in task.claims}
         if worker.identity not in taken:
             return True
+        if differ(task.claims):
+            return False
         if any(other.identity not in taken and able(other) for other in self.allowed()):
             self._alone_since_s.pop(task.task_id, None)
             return False
         return now - self._alone_since_s.setdefault(task.task_id, now) >= self._execution.lease_s
+
+    def waits_for(self, task: Task) -> str:
+        """Why a worker that has claimed the task is not given it again, in one sentence."""
+        if differ(task.claims):
+            return _undecided(task)
+        return f"task {task.task_id} is to be computed again by another worker"
+
+    def undecided(self, able: Callable[[Task, Worker], bool], now: float) -> Decision:
+        """A pause, where the results of two workers differ and for long no other came that is `able` to decide."""
+        waiting = [t for t in self._state.tasks.values() if differ(t.claims) and not self._is_awaited(t, able)]
+        self._undecided_since_s = {t.task_id: self._undecided_since_s.get(t.task_id, now) for t in waiting}
+        patience_s = UNDECIDED_LEASES * self._execution.lease_s
+        late = [task for task in waiting if now - self._undecided_since_s[task.task_id] >= patience_s]
+        if not late or self._state.standing.paused:
+            return Decision()
+        note = f"{_undecided(late[0])}; none came in {patience_s:g} s: start another worker and the coordinator again"
+        dispute = Dispute(late[0].task_id, late[0].claims, None, (), note)
+        return Decision((replace(self._state.standing, paused=note),), notes=(note,), disputes=(dispute,))
+
+    def _is_awaited(self, task: Task, able: Callable[[Task, Worker], bool]) -> bool:
+        """Whether somebody computes the task again, or will when it is idle."""
+        taken = {claim.identity for claim in task.claims}
+        return bool(task.holders) or any(w.identity not in taken and able(task, w) for w in self.allowed())
 
     def wants_another(self, task: Task, worker: Worker) -> bool:
         """Whether an audited task with one holder is worth the idle worker's while: it is computed twice anyway."""
@@ -149,7 +188,8 @@ class Claims:
     def _freed(self, settled: Task, banned: set[str]) -> tuple[list[Task], set[str]]:
         """Every other task without the leases and claims of banned workers, and the blobs nothing needs any more.
 
-        Whose the partial progress of a task is, is not known: none of it is used after a ban.
+        Whose the partial progress of a task is, is not known: none of it is used after a ban, and no holder is kept
+        that may have gone on from it (after a failed attempt it is not in the row any more).
         """
         if not banned:
             return [], set()
@@ -157,7 +197,8 @@ class Claims:
         freed: list[Task] = []
         dropped: set[str] = set()
         for task in self._state.tasks.values():
-            lost = [holder for holder in task.holders if holder.worker_id in theirs]
+            tainted = task.checkpoint is not None or bool(task.failures)
+            lost = [holder for holder in task.holders if tainted or holder.worker_id in theirs]
             doubtful = tuple(claim for claim in task.claims if claim.identity in banned)
             if task.task_id == settled.task_id or not (lost or doubtful or task.checkpoint):
                 continue
@@ -179,6 +220,10 @@ class Claims:
         )
 
 
+def _undecided(task: Task) -> str:
+    return f"task {task.task_id} waits for a third worker: the results of {names_of(task.claims)} differ"
+
+
 def _blobs_of(claims: tuple[Claim, ...]) -> set[str]:
     return {ref.digest for claim in claims for ref in claim.outputs.values()}
 
@@ -193,10 +238,11 @@ def _dispute(task: Task, verdict: Verdict) -> Dispute:
 
 
 def trust_of(state: State) -> dict[str, Any]:
-    """What a status shows: `quarantined` {task: why}, `suspected` {worker: tasks}, `banned` {worker: why}."""
+    """What a status shows: `quarantined`, `undecided` {task: why}, `suspected` {worker: tasks}, `banned` {it: why}."""
     claimed = [(task.task_id, claim) for task in state.tasks.values() for claim in task.claims]
     return {
         "quarantined": {task_id: f"{claim.worker}: {claim.outlier}" for task_id, claim in claimed if claim.outlier},
+        "undecided": {task.task_id: _undecided(task) for task in state.tasks.values() if differ(task.claims)},
         "suspected": {row.identity: list(row.suspected) for row in state.conduct.values() if row.suspected},
         "banned": {row.identity: row.banned for row in state.conduct.values() if row.banned},
     }

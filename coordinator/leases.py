@@ -19,9 +19,11 @@ from coordinator.ownership import check_owner, new_worker_id
 from coordinator.plan import Plan
 from coordinator.state import Holder, Row, State, Task, Worker
 from protocol.errors import StaleLease, UnknownTask, UnknownWorker
-from protocol.tasks import Capabilities, Message
+from protocol.tasks import Capabilities
 
 MAX_WORKERS = 4096
+# A lease is given again so many times with the same checkpoint: replies are lost now and then, a blob is for ever.
+MAX_REPEATS = 3
 
 
 class Leases:
@@ -35,6 +37,7 @@ class Leases:
         self.liveness = Liveness(plan, state)
         self.matching = Matching(plan, state, claims, self.liveness)
         self._random = random_generator
+        self._asked_again: dict[Holder, tuple[str, int]] = {}
 
     def reconcile(self, now: float) -> None:
         """Leases and workers are again what the rows say, after a decision that could not be stored."""
@@ -98,23 +101,42 @@ class Leases:
         holder = held.holder(worker_id) if held is not None else None
         if held is not None and holder is not None:
             self.liveness.begin(held, holder, now)
-            return Lease(task=held, fence=holder.fence, spec=self.matching.spec(held))
+            return self._again(held, holder)
         best = self.matching.best(worker, cached, now)
         if isinstance(best, str):
             return Lease(waiting_for=best)
-        return self._granted(*best, worker, now)
+        return self._granted(best[0], worker, now)
 
-    def _granted(self, task: Task, spec: Message, worker: Worker, now: float) -> Lease:
+    def _again(self, task: Task, holder: Holder) -> Lease:
+        """A lease that is live already, for a worker that did not get the reply, or could not read the checkpoint.
+
+        One that asks for the same checkpoint over and over does not find it: the task starts from its beginning.
+        """
+        decision = Decision()
+        if task.checkpoint is not None and not task.independent:
+            digest = task.checkpoint.blob.digest
+            named, times = self._asked_again.get(holder, ("", 0))
+            self._asked_again[holder] = (digest, times + 1 if named == digest else 1)
+            if self._asked_again[holder][1] > MAX_REPEATS:
+                task = replace(task, checkpoint=None)
+                note = f"task {task.task_id} starts over: its partial progress ({digest}) cannot be read"
+                decision = Decision((task,), obsolete=(digest,), notes=(note,))
+        return Lease(decision, task, holder.fence, self.matching.spec(task))
+
+    def _granted(self, task: Task, worker: Worker, now: float) -> Lease:
+        pinned = self.matching.pinned(task, worker)
+        task = next((row for row in pinned.rows if isinstance(row, Task) and row.key == task.key), task)
+        spec = self.matching.spec(task)
         holder = Holder(worker.worker_id, task.fence + 1)
         if len(task.holders) == MAX_HOLDERS:
             task = self._without(task, self.liveness.longest_silent(task), lost=True)
         audited, notes = self.claims.chosen(task, worker)
         holders = (*task.holders, holder)
         leased = replace(task, status="leased", holders=holders, fence=holder.fence, audited=audited)
-        pinned = self.matching.pinned(task, worker)
         self.liveness.begin(leased, holder, now)
         worker.task_id, worker.steps = task.task_id, task.steps_kept
-        return Lease(Decision((leased, *pinned), notes=notes), leased, holder.fence, spec)
+        rows = (*(row for row in pinned.rows if row.key != task.key), leased)
+        return Lease(Decision(rows, obsolete=pinned.obsolete, notes=notes), leased, holder.fence, spec)
 
     def heartbeat(
         self, worker_id: str, task_id: str, fence: int, steps: int, loss: float, tokens: int, now: float
@@ -164,7 +186,7 @@ class Leases:
         return replace(task, status="leased" if holders else "ready", holders=holders)
 
     def expire(self, now: float) -> Decision:
-        """Leases whose end has passed are over; silent workers are forgotten."""
+        """Leases whose end has passed are over; silent workers are forgotten; what nobody decides pauses the run."""
         changed: dict[str, Task] = {}
         for task_id, fence in self.liveness.ended(now):
             task = changed.get(task_id) or self.state.tasks[task_id]
@@ -173,7 +195,10 @@ class Leases:
         silent = [w.worker_id for w in self.state.workers.values() if w.last_seen_s + 5 * self.execution.lease_s < now]
         for worker_id in silent:
             del self.state.workers[worker_id]
-        return Decision(tuple(changed.values()))
+        live = {holder for task in self.state.tasks.values() for holder in task.holders}
+        self._asked_again = {holder: asked for holder, asked in self._asked_again.items() if holder in live}
+        undecided = self.claims.undecided(self.matching.suits, now)
+        return replace(undecided, rows=(*changed.values(), *undecided.rows))
 
     def held_task(self, task_id: str, fence: int, worker_id: str | None = None) -> Task:
         """The task of a live lease, which `worker_id` holds if given; raises UnknownTask, StaleLease or Banned."""

@@ -65,14 +65,25 @@ class Machine:
         draft.put(self.plan.stages())
         return self._advanced(draft, wall_s)
 
-    def resume(self, now: float) -> Decision:
-        """After a restart every live lease gets one fresh deadline, and a pause is lifted with its failures."""
+    def resume(self, now: float, lost: frozenset[str] = frozenset()) -> Decision:
+        """After a restart every live lease gets one fresh deadline, and a pause is lifted with its failures.
+
+        `lost`: blobs that are missing or damaged; partial progress among them is let go of. Bans end that the
+        configuration lifts.
+        """
         self.leases.liveness.renew_all(now)
-        if not self.state.standing.paused:
-            return Decision()
-        rows: list[Row] = [replace(task, failures=()) for task in self.state.tasks.values() if task.failures]
-        forgotten = self.claims.forgotten()
-        return replace(forgotten, rows=(*rows, *forgotten.rows, replace(self.state.standing, paused="")))
+        draft, unbanned = _Draft(self.state), self.claims.unbanned()
+        draft.put(unbanned.rows)
+        obsolete: tuple[str, ...] = ()
+        if self.state.standing.paused:
+            forgotten = self.claims.forgotten()
+            draft.put(replace(task, failures=()) for task in self.state.tasks.values() if task.failures)
+            draft.put([*forgotten.rows, replace(self.state.standing, paused="")])
+            obsolete = forgotten.obsolete
+        unreadable = [t for t in draft.view().tasks.values() if t.checkpoint and t.checkpoint.blob.digest in lost]
+        draft.put(replace(task, checkpoint=None) for task in unreadable)
+        damaged = {task.checkpoint.blob.digest for task in unreadable if task.checkpoint}
+        return Decision(tuple(draft.rows.values()), obsolete=(*obsolete, *sorted(damaged)), notes=unbanned.notes)
 
     def _advanced(
         self, draft: _Draft, wall_s: float, metrics: tuple[dict[str, Any], ...] = (), obsolete: tuple[str, ...] = ()

@@ -7,8 +7,10 @@ from typing import Any
 
 from coordinator.arrivals import MIN_ARRIVALS
 from coordinator.claims import Claims
+from coordinator.decisions import Decision
 from coordinator.liveness import Liveness
 from coordinator.plan import TRAINING, Plan
+from coordinator.references import digests_in
 from coordinator.state import Stage, State, Task, Worker
 from protocol.tasks import Message
 
@@ -38,11 +40,24 @@ class Matching:
             return self._plan.train_spec(self._state, self._state.stages[task.stage], task)
         return self._plan.stored_spec(task)
 
-    def pinned(self, task: Task, worker: Worker) -> list[Stage]:
-        """The stage, where this lease pins it to the worker's fingerprint class."""
+    def pinned(self, task: Task, worker: Worker) -> Decision:
+        """The stage, where this lease pins it to the worker's fingerprint class.
+
+        With it its tasks lose the partial progress and the claims of another class, which must not be gone on from or
+        compared with. Under `determinism: any` both are used whatever class they come from: one class goes on from
+        what another would have come to within the tolerance that is stated for whole tasks.
+        """
         stage, fingerprint = self._state.stages[task.stage], worker.capabilities.fingerprint
-        pins = self._is_strict() and task.kind in NUMERIC_KINDS and stage.fingerprint != fingerprint
-        return [replace(stage, fingerprint=fingerprint)] if pins else []
+        if not self._is_strict() or task.kind not in NUMERIC_KINDS or stage.fingerprint == fingerprint:
+            return Decision()
+        left = [each for each in self._state.tasks_of(stage.name) if each.checkpoint or each.claims]
+        cleared = (replace(each, checkpoint=None, claims=()) for each in left)
+        obsolete = digests_in([(each.checkpoint, each.claims) for each in left])
+        return Decision((replace(stage, fingerprint=fingerprint), *cleared), obsolete=tuple(sorted(obsolete)))
+
+    def suits(self, task: Task, worker: Worker) -> bool:
+        """Whether the worker can honour what the task asks of it."""
+        return not self._refusal(task, self._state.stages[task.stage], self.spec(task), worker)
 
     def _leasable(self, worker: Worker, now: float) -> list[Task]:
         """Ready tasks whose modules are ready, and held ones that are worth a second holder."""
@@ -86,7 +101,7 @@ class Matching:
         if not refusal and not self._claims.may_take(
             task, worker, lambda other: not self._refusal(task, stage, spec, other), now
         ):
-            refusal = f"task {task.task_id} is to be computed again by another worker"
+            refusal = self._claims.waits_for(task)
         if refusal:
             reasons.append(refusal)
             return None
@@ -118,7 +133,10 @@ class Matching:
         return self._plan.experiment.determinism == "strict"
 
     def _is_begun(self, stage: Stage) -> bool:
-        """Whether a result of the stage counts or is being worked at: a class that left nothing behind binds nobody."""
+        """Whether a result of the stage counts or is being worked at: a class that left neither behind binds nobody.
+
+        Checkpoints and claims do not bind either: they go when another class is pinned.
+        """
         if any(task.kind in NUMERIC_KINDS and task.status != "ready" for task in self._state.tasks_of(stage.name)):
             return True
         return stage.kind in TRAINING and any(shard.phase for shard in self._state.shards_of(stage.model))

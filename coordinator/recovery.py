@@ -32,7 +32,7 @@ class Damage:
 
 @dataclass(frozen=True, slots=True)
 class Findings:
-    """What was found in the store and beside it. `damaged` older versions are not needed to go on."""
+    """What was found in the store and beside it. The run goes on without what is `damaged`."""
 
     blobs: int
     blob_bytes: int
@@ -41,6 +41,11 @@ class Findings:
     orphans: int
     orphan_bytes: int
     holders_gone: int
+
+    @property
+    def lost(self) -> frozenset[str]:
+        """Digests that no row should be gone on from."""
+        return frozenset(each.digest for each in self.damaged)
 
     def sentence(self, uploads: int, torn_event: bool) -> str:
         """All of it on one line, for the log."""
@@ -54,10 +59,7 @@ class Findings:
             parts.append(f"removed what {self.holders_gone} readers that are gone had held")
         if torn_event:
             parts.append("the last line of the event log was cut short and is left out")
-        parts += [
-            f"{each.reference.what} is without its older version {each.digest}, which {each.why}: not needed to go on"
-            for each in self.damaged
-        ]
+        parts += [f"{each.reference.what} ({each.digest}) {each.why}: not needed to go on" for each in self.damaged]
         return "; ".join(parts)
 
 

@@ -39,12 +39,15 @@ def referenced_digests(state: State) -> set[str]:
 
 
 def referenced_blobs(state: State) -> dict[str, Reference]:
-    """Every blob that a row names with its size. Only older versions of a module are not needed to go on."""
+    """Every blob that a row names with its size.
+
+    Not needed to go on are older versions of a module, and the partial progress of a task: it only saves inner steps.
+    """
     found: dict[str, Reference] = {}
     for row in rows_of(state):
-        history = {ref.digest for ref in row.history} if isinstance(row, Module) else set()
+        spare = {ref.digest: what for ref, what in _spare(row)}
         for ref in blobs_in(row):
-            reference = Reference(ref.size, _words(row), needed=ref.digest not in history)
+            reference = Reference(ref.size, spare.get(ref.digest, _words(row)), needed=ref.digest not in spare)
             if ref.digest not in found or reference.needed:
                 found[ref.digest] = reference
     return found
@@ -94,6 +97,14 @@ def blobs_in(value: Any) -> Iterator[BlobRef]:
         return
     for part in _parts(value) or ():
         yield from blobs_in(part)
+
+
+def _spare(row: Row) -> Iterator[tuple[BlobRef, str]]:
+    """The blobs of a row that the run can do without, and what they are to it."""
+    if isinstance(row, Module):
+        yield from ((ref, f"an older version of {_words(row)}") for ref in row.history)
+    if isinstance(row, Task) and row.checkpoint is not None:
+        yield row.checkpoint.blob, f"the partial progress of {_words(row)}"
 
 
 def _words(row: Row) -> str:

@@ -4,8 +4,8 @@ Keys of a status: `run`, `stage` (names running), `stages` [name, kind, status, 
 `workers` [id, name, task, steps, steps_total, loss, tokens_per_s, last_seen_s], `tasks` {ready, leasable, leased,
 done}, `losses` {path id: mean loss of its latest task}, `baseline_losses` {model: the same}, `tokens`, `steps` (in the
 weights), `bytes` {modules, outer_gradients, inner_state, checkpoints, other}, `eta_s` (None while unknown), `finished`,
-`paused`, `waiting` (for room on the disk, in one sentence), `quarantined` {task: why}, `suspected` {worker: tasks},
-`banned` {worker: why}.
+`paused`, `waiting` (for room on the disk, in one sentence), `quarantined` {task: why}, `undecided` {task: why},
+`suspected` {worker: tasks}, `banned` {worker: why}.
 """
 
 from __future__ import annotations

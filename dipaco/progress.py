@@ -164,7 +164,7 @@ def distrust(status: Status) -> list[str]:
         lines.append("suspected: " + ", ".join(f"{name} ({len(t)})" for name, t in status["suspected"].items()))
     if status.get("quarantined"):
         lines.append(f"in quarantine: {', '.join(status['quarantined'])}")
-    return lines
+    return lines + list(status.get("undecided", {}).values())
 
 
 def tokens_per_s(status: Status) -> float:

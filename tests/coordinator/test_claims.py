@@ -10,16 +10,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from configs.schema import Config
-from coordinator.claims import trust_of
+from coordinator.claims import UNDECIDED_LEASES, trust_of
 from coordinator.decisions import Decision, Dispute
 from coordinator.journal import Journal
 from coordinator.machine import CHECKPOINT
 from coordinator.norms import MIN_NORMS
-from coordinator.state import Task
-from coordinator.verdict import MAX_CLAIMS, agree
+from coordinator.plan import Plan
+from coordinator.state import Holder, Task
+from coordinator.verdict import MAX_CLAIMS, agree, judge
 from protocol.errors import Banned, StaleLease
 from protocol.tasks import Capabilities, TaskResult
-from tests.coordinator.test_machine import OFFER, Driver, make_config, ref, undisturbed
+from tests.coordinator.test_machine import OFFER, Driver, checkpoint, make_config, ref, undisturbed
 
 PHASES = 2 * MIN_NORMS
 
@@ -138,7 +139,12 @@ def test_an_outlier_does_not_count_and_another_worker_computes_the_task(scale: f
     assert second is not None
     assert second.task_id == task.task_id, "the doubted task comes first"
     crew.hand_in("b", second)
-    assert trust_of(crew.machine.state) == {"quarantined": {}, "suspected": {"a": [task.task_id]}, "banned": {}}
+    assert trust_of(crew.machine.state) == {
+        "quarantined": {},
+        "undecided": {},
+        "suspected": {"a": [task.task_id]},
+        "banned": {},
+    }
     assert crew.disputes[-1].banned == ()
     crew.hand_in("a", again)
     crew.work("ab")
@@ -164,6 +170,9 @@ def test_of_outliers_that_differ_a_third_decides() -> None:
     crew.hand_in("a", task)
     crew.turn("b")
     assert "one more worker decides" in crew.notes[-1]
+    crew.now += 11.0
+    for name in "ab":
+        assert (other := crew.take(name)) is None or other.task_id != task.task_id, "neither settles it alone"
     assert crew.take("c") is not None
     crew.hand_in("c", crew.task(task))
     assert trust_of(crew.machine.state)["suspected"] == {"a": [task.task_id], "b": [task.task_id]}
@@ -303,6 +312,55 @@ def test_a_ban_takes_back_the_other_claims_of_the_liar() -> None:
     assert crew.versions() == undisturbed(config_with()).versions()
 
 
+@pytest.mark.parametrize("failed", [False, True])
+def test_a_ban_stops_who_went_on_from_partial_progress_that_may_be_the_liars(failed: bool) -> None:
+    """Its result is stale then, and what it saves next as well."""
+    crew, task = audited("abcd")
+    crew.lies["a"] = "wrong"
+    crew.hand_in("a", task)
+    resumed = next(t for t in crew.machine.state.tasks.values() if t.stage == "train" and t.task_id != task.task_id)
+    crew.commit(Decision((replace(resumed, fence=1, checkpoint=checkpoint(resumed, 1)),)))
+    while (held := crew.take("d")) is not None and held.task_id != resumed.task_id:
+        crew.commit(crew.machine.leases.release(crew.ids["d"], held.task_id, held.fence, "", False, crew.now))
+        crew.commit(Decision((replace(crew.task(held), phase=9),)))
+    assert held is not None
+    spec: Any = crew.machine.leases.matching.spec(crew.task(held))
+    assert spec.resume is not None
+    if failed:  # another holder failed, and the checkpoint went with that
+        crew.commit(Decision((replace(crew.task(held), checkpoint=None, failures=("e: out of memory",)),)))
+    for name in "bc":
+        claimed = crew.task(task)
+        holder = Holder(crew.ids[name], claimed.fence + 1)
+        crew.commit(Decision((replace(claimed, status="leased", holders=(holder,), fence=holder.fence),)))
+        crew.machine.leases.liveness.begin(crew.task(task), holder, crew.now)
+        crew.hand_in(name, replace(task, fence=holder.fence))
+    assert crew.banned("a")
+    assert (crew.task(held).status, crew.task(held).holders, crew.task(held).checkpoint) == ("ready", (), None)
+    with pytest.raises(StaleLease):
+        crew.hand_in("d", held)
+    with pytest.raises(StaleLease):
+        crew.save(crew.ids["d"], held, 1)
+
+
+def test_a_banned_worker_that_the_configuration_names_is_admitted_at_the_next_start() -> None:
+    crew, task = audited("abc")
+    crew.lies["a"] = "wrong"
+    crew.hand_in("a", task)
+    crew.work("bc", 10)
+    assert crew.banned("a")
+    with pytest.raises(Banned, match=r"with execution\.unban: \[a\]"):
+        crew.hello("a")
+    crew.restart()
+    assert crew.banned("a")
+    config = crew.plan.config
+    execution = config.execution.model_copy(update={"unban": ["a", "nobody"]})
+    crew.plan = Plan(config.model_copy(update={"execution": execution}))
+    crew.restart()
+    assert not crew.banned("a")
+    assert crew.notes[-1].startswith("worker a is admitted again, by execution.unban: its result of task train/")
+    crew.hello("a")
+
+
 def test_a_banned_worker_is_refused_whatever_it_calls_and_after_a_restart_too() -> None:
     crew, task = audited("abc")
     crew.lies["a"] = "wrong"
@@ -330,15 +388,80 @@ def test_a_banned_worker_is_refused_whatever_it_calls_and_after_a_restart_too() 
     assert crew.machine.leases.register("", "a", OFFER, crew.now, "another certificate")
 
 
-def test_two_that_differ_without_a_third_do_not_hang_and_nobody_is_banned() -> None:
+def differing() -> tuple[Crew, Task]:
+    """Of two workers one lies; both have computed the task, and whatever else there is to do."""
     crew, task = audited("ab", phases=1)
     crew.lies["a"] = "wrong"
     crew.hand_in("a", task)
-    for _ in range(100):
+    crew.work("ab")
+    assert {claim.worker for claim in crew.task(task).claims} == {"a", "b"}
+    return crew, task
+
+
+def idle(crew: Crew, names: str, times: int) -> None:
+    """The workers ask again and again, as time passes."""
+    for _ in range(times):
         crew.now += 10.0
-        crew.work("ab")
+        crew.work(names)
+        crew.commit(crew.machine.leases.expire(crew.now))
+
+
+def test_of_two_that_differ_neither_settles_it_by_computing_it_again() -> None:
+    crew, task = differing()
+    idle(crew, "ab", UNDECIDED_LEASES - 2)
+    sentence = f"task {task.task_id} waits for a third worker: the results of a and b differ"
+    assert [claim.worker for claim in crew.task(task).claims] == ["a", "b"]
+    assert trust_of(crew.machine.state)["undecided"][task.task_id] == sentence
+    for name in "ab":
+        waiting = crew.machine.leases.lease(crew.ids[name], frozenset(), crew.now).waiting_for
+        assert "waits for a third worker: the results of" in waiting
+    assert not crew.machine.state.conduct
+    crew.work("abc")
     assert crew.finished
-    assert not trust_of(crew.machine.state)["banned"]
+    assert crew.banned("a")
+    assert crew.versions() == undisturbed(config_with(1)).versions()
+
+
+def test_two_that_differ_for_long_pause_the_run_and_a_third_may_decide_it_later() -> None:
+    crew, _ = differing()
+    idle(crew, "ab", UNDECIDED_LEASES + 2)
+    paused = crew.machine.state.standing.paused
+    assert "the results of a and b differ; none came in 500 s: start another worker" in paused
+    assert crew.notes.count(paused) == 1
+    assert {claim.worker for claim in crew.disputes[-1].claims} == {"a", "b"}
+    assert crew.disputes[-1].counted is None
+    crew.restart()
+    crew.work("abc")
+    assert crew.finished
+    assert crew.banned("a")
+    assert crew.versions() == undisturbed(config_with(1)).versions()
+
+
+def test_a_third_that_is_known_and_busy_is_waited_for_without_a_pause() -> None:
+    crew, _ = differing()
+    crew.ids["c"] = crew.hello("c")
+    for _ in range(2 * UNDECIDED_LEASES):
+        crew.now += 10.0
+        crew.machine.leases.known(crew.ids["c"], crew.now)
+        crew.commit(crew.machine.leases.expire(crew.now))
+    assert not crew.machine.state.standing.paused
+
+
+def test_a_verdict_by_one_of_two_that_differ_is_none() -> None:
+    crew, task = differing()
+    again = replace(crew.task(task).claims[0], fence=99)
+    assert judge(crew.task(task), again).counted is None
+    other = replace(again, identity="c")
+    assert judge(crew.task(task), other).counted is not None
+
+
+def test_alone_with_a_claim_of_its_own_an_audited_worker_goes_on() -> None:
+    """Nobody differs from it, and nobody is there to compare with."""
+    crew, task = audited("ab", phases=1)
+    crew.hand_in("a", task)
+    crew.commit(crew.machine.leases.release(crew.ids["b"], "", 0, "", True, crew.now))
+    idle(crew, "a", 20)
+    assert crew.finished
     assert any("computed it twice, as no other worker could" in note for note in crew.notes)
 
 
@@ -438,6 +561,8 @@ def test_neither_faults_nor_a_liar_change_the_bits_of_an_audited_run(data: st.Da
                 crew.hand_in(name, task)
             except (StaleLease, ValueError):
                 continue
+    if crew.machine.state.standing.paused:
+        crew.restart()
     for _ in range(20):
         crew.now += 11.0
         crew.commit(crew.machine.leases.expire(crew.now))
@@ -465,6 +590,11 @@ def test_inside_a_class_bits_are_compared_and_across_classes_norms() -> None:
     assert agree(claim, replace(elsewhere, norms={**claim.norms, "0.0": 1.04}))
     assert not agree(claim, replace(elsewhere, norms={**claim.norms, "0.0": 1.06}))
     assert not agree(claim, replace(elsewhere, result={**claim.result, "tokens": 1}))
+    assert agree(claim, replace(elsewhere, result={**claim.result, "loss_sum": 1.04}))
+    assert not agree(claim, replace(elsewhere, result={**claim.result, "loss_sum": 1.06}))
+    assert agree(claim, replace(elsewhere, norms={**claim.norms, "inner_state": 0.6}))
+    assert not agree(claim, replace(elsewhere, norms={**claim.norms, "inner_state": 0.0}))
+    assert not agree(claim, replace(elsewhere, norms={**claim.norms, "inner_state": 2.1}))
 
 
 def test_across_classes_workers_of_two_classes_agree_on_an_audit() -> None:

@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 
 from configs.schema import Config
 from coordinator.decisions import Decision
+from coordinator.leases import MAX_REPEATS
 from coordinator.machine import Machine
 from coordinator.plan import Plan
-from coordinator.references import referenced_digests
+from coordinator.references import referenced_blobs, referenced_digests
 from coordinator.state import State, Task
 from protocol.errors import Forbidden, RejectedTensor, StaleLease, UnknownTask, UnknownWorker
 from protocol.tasks import BlobRef, Capabilities, Checkpoint, TaskResult, TrainSpec
@@ -566,8 +567,108 @@ def test_a_class_that_left_nothing_behind_binds_nobody() -> None:
     driver = Driver(make_config(baselines=[]))
     worker = until_training(driver, "train")
     other = driver.hello("other", OFFER.model_copy(update={"fingerprint": "b"}))
-    assert driver.lease(other) is not None
-    assert "pinned to 'b'" in driver.machine.leases.lease(worker, frozenset(), 0.0).waiting_for
+    task = driver.lease(worker)
+    assert task is not None
+    assert driver.save(worker, task)
+    driver.now += 11.0
+    driver.commit(driver.machine.leases.expire(driver.now))
+    lease = driver.machine.leases.lease(other, frozenset(), driver.now)
+    driver.commit(lease.decision)
+    assert isinstance(lease.spec, TrainSpec)
+    assert lease.spec.resume is None, "no class goes on from what another has computed"
+    assert lease.task is not None
+    assert lease.task.task_id == task.task_id
+    assert driver.machine.state.tasks[task.task_id] == lease.task
+    assert lease.task.checkpoint is None
+    assert checkpoint(task, 1).blob.digest in lease.decision.obsolete
+    assert "pinned to 'b'" in driver.machine.leases.lease(worker, frozenset(), driver.now).waiting_for
+
+
+@pytest.mark.parametrize("determinism", ["strict", "any"])
+def test_partial_progress_and_claims_of_another_class_go_when_the_stage_is_pinned_anew(determinism: str) -> None:
+    """Also those of tasks that the new class does not lease now; under `any` everybody goes on from them."""
+    driver = Driver(make_config(baselines=[], determinism=determinism))
+    worker = until_training(driver, "train")
+    other = driver.hello("other", OFFER.model_copy(update={"fingerprint": "b"}))
+    first, second = driver.lease(worker), driver.lease(driver.hello("second"))
+    assert first is not None
+    assert second is not None
+    assert driver.save(worker, first)
+    row = driver.machine.state.tasks[second.task_id]
+    claim = driver.machine.claims.claim(row, driver.machine.state.workers[worker], 1, driver.result(row), {}, 0.0)
+    driver.commit(Decision((replace(row, claims=(claim,), audited=True),)))
+    driver.now += 11.0
+    driver.commit(driver.machine.leases.expire(driver.now))
+    lease = driver.machine.leases.lease(other, frozenset(), driver.now)
+    driver.commit(lease.decision)
+    left = [task for task in driver.machine.state.tasks.values() if task.checkpoint or task.claims]
+    if determinism == "any":
+        assert len(left) == 2
+        assert lease.decision.obsolete == ()
+        return
+    assert lease.task is not None
+    assert left == []
+    blobs = {checkpoint(first, 1).blob.digest} | {blob.digest for blob in claim.outputs.values()}
+    assert set(lease.decision.obsolete) == blobs
+    assert not blobs & driver.machine.referenced()
+
+
+def test_a_checkpoint_that_is_asked_for_over_and_over_is_let_go_of() -> None:
+    """Its blob cannot be read: the worker would ask again for ever."""
+    driver = Driver(make_config())
+    worker = until_training(driver)
+    task = driver.lease(worker)
+    assert task is not None
+    driver.save(worker, task)
+    other = driver.hello("other")
+    driver.now += 11.0
+    driver.commit(driver.machine.leases.expire(driver.now))
+    specs: list[Any] = []
+    notes: list[str] = []
+    for _ in range(MAX_REPEATS + 2):
+        lease = driver.machine.leases.lease(other, frozenset(), driver.now)
+        driver.commit(lease.decision)
+        specs.append(lease.spec)
+        notes += lease.decision.notes
+        assert lease.fence == task.fence + 1, "the same lease"
+    assert [spec.resume is None for spec in specs] == [False] * (MAX_REPEATS + 1) + [True]
+    assert notes == [
+        f"task {task.task_id} starts over: its partial progress ({checkpoint(task, 1).blob.digest}) cannot be read"
+    ]
+    assert checkpoint(task, 1).blob.digest not in driver.machine.referenced()
+
+
+def test_partial_progress_is_not_needed_to_go_on_and_goes_at_a_start_that_does_not_find_it() -> None:
+    driver = Driver(make_config())
+    worker = until_training(driver)
+    task = driver.lease(worker)
+    assert task is not None
+    driver.save(worker, task)
+    digest = checkpoint(task, 1).blob.digest
+    references = referenced_blobs(driver.machine.state)
+    assert references[digest].what == f"the partial progress of task {task.task_id}"
+    assert [each for each, reference in references.items() if not reference.needed] == [digest]
+    kept = driver.machine.resume(driver.now, frozenset({ref("another").digest}))
+    assert kept.rows == ()
+    decision = driver.machine.resume(driver.now, frozenset({digest}))
+    assert decision.obsolete == (digest,)
+    driver.commit(decision)
+    assert digest not in driver.machine.referenced()
+    assert driver.machine.state.tasks[task.task_id].holders, "its worker goes on"
+
+
+def test_a_start_that_lifts_a_pause_lets_go_of_lost_progress_too() -> None:
+    driver = Driver(make_config())
+    worker = until_training(driver)
+    task = driver.lease(worker)
+    assert task is not None
+    driver.save(worker, task)
+    driver.commit(driver.machine.pause("a reason"))
+    row = driver.machine.state.tasks[task.task_id]
+    driver.commit(Decision((replace(row, failures=("a: failed",)),)))
+    driver.commit(driver.machine.resume(driver.now, frozenset({checkpoint(task, 1).blob.digest})))
+    row = driver.machine.state.tasks[task.task_id]
+    assert (row.failures, row.checkpoint, driver.machine.state.standing.paused) == ((), None, "")
 
 
 def test_a_device_that_is_missing_is_named() -> None:
