@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 import os
@@ -21,8 +22,9 @@ from hypothesis import strategies as st
 from protocol import dipaco_pb2 as pb
 from protocol import dipaco_pb2_grpc as pb_grpc
 from protocol.certificates import write_certificates
+from protocol.errors import StaleLease
 from protocol.security import CERTS_DIR, COORDINATOR_NAME, load_security
-from protocol.tasks import TaskResult, encode
+from protocol.tasks import BlobRef, Checkpoint, TaskResult, encode
 from protocol.tensors import MAX_HEADER_BYTES
 from protocol.version import PROTOCOL_MAJOR
 from tests.loopback import CAPABILITIES, CHUNK_BYTES, FENCE, TASK, BookHandlers, Loopback, upload_header
@@ -189,6 +191,47 @@ def test_a_write_under_way_ends_before_the_sink_is_let_go(stubs: Stubs) -> None:
     may_end.set()
     assert stubs.handlers.aborted.wait(20)
     assert order == ["wrote"]
+
+
+CHECKPOINT = Checkpoint(
+    blob=BlobRef(digest="a" * 64, size=1),
+    steps=1,
+    tokens=1,
+    sequences=1,
+    loss_sum=0.5,
+    step_losses=[1.0],
+    seconds=1.0,
+)
+
+
+@pytest.mark.parametrize(
+    ("handler", "rpc", "request_"),
+    [
+        ("complete", "Complete", pb.CompleteRequest(task_id=TASK, fence=FENCE, result=encode(TaskResult(outputs={})))),
+        ("save_progress", "SaveProgress", pb.SaveProgressRequest(task_id=TASK, checkpoint=encode(CHECKPOINT))),
+    ],
+)
+def test_a_result_on_its_way_into_the_store_gets_there_whether_or_not_its_client_waits(
+    stubs: Stubs, monkeypatch: pytest.MonkeyPatch, handler: str, rpc: str, request_: Any
+) -> None:
+    moving, may_end, over = threading.Event(), threading.Event(), threading.Event()
+
+    def move() -> None:
+        moving.set()
+        may_end.wait(20)
+
+    async def handle(*_: object) -> bool:
+        await asyncio.to_thread(move)
+        over.set()
+        raise StaleLease("nobody is there any more to be told")
+
+    monkeypatch.setattr(stubs.handlers, handler, handle)
+    call = getattr(stubs.control, rpc).future(request_, timeout=20)
+    assert moving.wait(20)
+    call.cancel()
+    assert not over.wait(0.2)
+    may_end.set()
+    assert over.wait(20), "the call was cut off between the store and the transaction"
 
 
 def test_a_failing_disk_is_told_by_name(stubs: Stubs) -> None:
