@@ -21,7 +21,7 @@ from protocol.tasks import BlobRef, Checkpoint
 # Stands in a backup until it is whole for the first time.
 UNFINISHED_BACKUP = "backup.unfinished"
 FORMAT = 2
-# Formats whose rows are read as they are; opening such a run to go on with it makes it one of the newest format.
+# Formats whose rows are read as they are; the first change to such a run makes it one of the newest format.
 READABLE = (1, FORMAT)
 _ROW_TYPES: dict[str, type[Row]] = {row.table: row for row in (Stage, Task, Module, Shard, Standing, Conduct)}
 
@@ -81,8 +81,7 @@ class Journal:
         if not read_only:
             self._connection.execute("PRAGMA journal_mode=WAL")
             self._connection.execute("PRAGMA synchronous=FULL")
-            if version not in (0, FORMAT):
-                self._connection.execute(f"PRAGMA user_version={FORMAT}")
+        self._is_older = version not in (0, FORMAT)
 
     def _check_whole(self, path: Path) -> None:
         try:
@@ -108,9 +107,7 @@ class Journal:
 
     def commit(self, rows: Iterable[Row], metrics: Iterable[dict[str, Any]] = ()) -> None:
         """Store rows and metrics in one transaction: all of them, or (raising) none."""
-        connection = self._connection
-        connection.execute("BEGIN IMMEDIATE")
-        try:
+        with self._transaction() as connection:
             connection.executemany(
                 "INSERT INTO rows VALUES (?, ?, ?) ON CONFLICT (kind, key) DO UPDATE SET body = excluded.body",
                 [(row.table, row.key, _encode(row)) for row in rows],
@@ -119,11 +116,22 @@ class Journal:
                 "INSERT INTO metrics (task_id, body) VALUES (?, ?)",
                 [(metric["task_id"], json.dumps(metric)) for metric in metrics],
             )
+
+    @contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        """All that is done within, or (raising) none of it; the format becomes the newest with the first change."""
+        connection = self._connection
+        connection.execute("BEGIN IMMEDIATE")
+        try:
+            if self._is_older:
+                connection.execute(f"PRAGMA user_version={FORMAT}")
+            yield connection
             connection.execute("COMMIT")
         except BaseException:
             if connection.in_transaction:
                 connection.execute("ROLLBACK")
             raise
+        self._is_older = False
 
     def rows(self) -> Iterator[Row]:
         """All rows, in the order in which they were first stored."""
@@ -157,11 +165,14 @@ class Journal:
             found = self._connection.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
         return None if found is None else str(found[0])
 
-    def set_meta(self, key: str, value: str) -> None:
-        self._connection.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, value))
-
-    def forget_meta(self, key: str) -> None:
-        self._connection.execute("DELETE FROM meta WHERE key = ?", (key,))
+    def set_meta(self, **values: str | None) -> None:
+        """Note these, and forget those that are None, in one transaction."""
+        with self._transaction() as connection:
+            for key, value in values.items():
+                if value is None:
+                    connection.execute("DELETE FROM meta WHERE key = ?", (key,))
+                else:
+                    connection.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, value))
 
     def close(self) -> None:
         self._connection.close()

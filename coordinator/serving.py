@@ -57,9 +57,8 @@ def write_config(config: Config, run_dir: Path) -> None:
                     f"{run_dir} was made with another {difference}; only `execution` may change on resume: "
                     "restore the key, or use another --run-dir"
                 )
-        journal.forget_meta("backup")  # from here on it is a run of its own
-        journal.set_meta("config", config.model_dump_json())
-        journal.set_meta("numerics", str(NUMERICS_VERSION))
+        # Without the note of a backup: from here on it is a run of its own.
+        journal.set_meta(config=config.model_dump_json(), numerics=str(NUMERICS_VERSION), backup=None)
         (run_dir / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
     finally:
         journal.close()

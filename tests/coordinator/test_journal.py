@@ -5,6 +5,8 @@ from __future__ import annotations
 import sqlite3
 import subprocess
 import sys
+from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -71,7 +73,8 @@ def test_another_format_is_named(tmp_path: Path) -> None:
         Journal(tmp_path)
 
 
-def test_a_run_of_the_format_before_goes_on_and_becomes_one_of_this(tmp_path: Path) -> None:
+@pytest.fixture
+def old_run(tmp_path: Path) -> Path:
     """Its tasks hold no claims: their columns did not exist."""
     Journal(tmp_path).close()
     old = '{"task_id":"t","stage":"s","kind":"PACK","phase":0,"subject":"0","holders":[["w",1]],"outputs":{}}'
@@ -79,13 +82,52 @@ def test_a_run_of_the_format_before_goes_on_and_becomes_one_of_this(tmp_path: Pa
         connection.execute("PRAGMA user_version=1")
         connection.execute("INSERT INTO rows VALUES ('tasks', 't', ?)", (old,))
     connection.close()
+    return tmp_path
+
+
+def format_of(run_dir: Path) -> int:
+    with closing(sqlite3.connect(run_dir / "state.db")) as connection:
+        return int(connection.execute("PRAGMA user_version").fetchone()[0])
+
+
+def test_a_run_of_the_format_before_is_read_as_it_is(old_run: Path) -> None:
     for read_only in (True, False):
-        journal = Journal(tmp_path, read_only=read_only)
+        journal = Journal(old_run, read_only=read_only)
         assert list(journal.rows()) == [Task("t", "s", "PACK", 0, "0", holders=(Holder("w", 1),))]
         journal.close()
-    with sqlite3.connect(tmp_path / "state.db") as connection:
-        assert connection.execute("PRAGMA user_version").fetchone() == (2,)
-    connection.close()
+        assert format_of(old_run) == 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda journal: journal.commit(ROWS), lambda journal: journal.set_meta(config="{}")],
+    ids=["rows", "meta"],
+)
+def test_the_first_change_makes_it_one_of_this_format(old_run: Path, change: Callable[[Journal], None]) -> None:
+    journal = Journal(old_run)
+    change(journal)
+    journal.close()
+    assert format_of(old_run) == 2
+
+
+def test_a_change_that_fails_leaves_the_format_too(old_run: Path) -> None:
+    journal = Journal(old_run)
+    with pytest.raises(sqlite3.IntegrityError):
+        journal.commit([], [{"task_id": "t"}, {"task_id": "t"}])
+    assert format_of(old_run) == 1
+    journal.commit([], [{"task_id": "t"}])
+    journal.close()
+    assert format_of(old_run) == 2
+
+
+def test_notes_are_kept_and_forgotten(tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    journal.set_meta(backup="x", config="y")
+    journal.set_meta(backup=None, config="z")
+    assert (journal.meta("backup"), journal.meta("config")) == (None, "z")
+    with pytest.raises(sqlite3.ProgrammingError):
+        journal.set_meta(config="lost", numerics=object())  # type: ignore[arg-type]
+    assert journal.meta("config") == "z"
 
 
 def test_a_file_that_is_no_database_is_named(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ def config(tiny_config: Path) -> Config:
 def a_run(folder: Path, config: Config, seconds: list[float]) -> Path:
     """A run directory in which TRAIN tasks of 10 steps and a PACK task were completed."""
     journal = Journal(folder)
-    journal.set_meta("config", config.model_dump_json())
+    journal.set_meta(config=config.model_dump_json())
     trained = [{"task_id": f"t{index}", "steps": 10, "seconds": each} for index, each in enumerate(seconds)]
     journal.commit([], [*trained, {"task_id": "pack", "steps": 0, "seconds": 3.0}])
     journal.close()
