@@ -16,6 +16,7 @@ import os
 import random
 import shutil
 import sqlite3
+import stat
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from typing import NoReturn
 
 from configs.load import experiment_digest
 from configs.schema import Config
+from coordinator.evidence import ASIDE, EVIDENCE, TENSORS
 from coordinator.journal import UNFINISHED_BACKUP, Journal, RunLock, RunUnusable, copy_journal, fold, mark_copy
 from coordinator.machine import Machine
 from coordinator.pins import NO_LINKS, pinning
@@ -36,8 +38,9 @@ from model.store import BlobStore, file_digest, fsync_path
 INCOMING = "incoming"
 META = "backup"
 MAX_ATTEMPTS = 1000
-# What belongs to a run beside its journal and blobs; the keys are needed to go on with the same workers elsewhere.
-BESIDE = ("config.yaml", "usage.json", "report.json", "report.html", "certs")
+# What belongs to a run beside its journal and blobs; the keys are needed to go on with the same workers elsewhere, and
+# evidence is all that tells why a worker is banned.
+BESIDE = ("config.yaml", "usage.json", "report.json", "report.html", "certs", EVIDENCE)
 # Told after every blob: blobs and bytes that are in place, and of how many.
 Progress = Callable[[int, int, int, int], None]
 
@@ -202,7 +205,7 @@ class _Copy:
         """Copy the journal aside, in one piece, and read from the copy what it names."""
         incoming = self._out / INCOMING
         shutil.rmtree(incoming, ignore_errors=True)
-        incoming.mkdir()
+        incoming.mkdir(mode=0o700)  # keys pass through it
         self._taken_s = time.time()
         copy_journal(self._run_dir, incoming)
         journal = Journal(incoming, read_only=True)
@@ -276,18 +279,29 @@ class _Copy:
             shutil.copyfile(path, aside)
 
     def _copy_beside(self) -> None:
-        """The files beside the journal, each whole or as it was."""
+        """The files beside the journal, each whole or as it was. Some may come and go meanwhile: those are left out."""
         for name in BESIDE:
-            source, target, aside = self._run_dir / name, self._out / name, self._out / INCOMING / name
-            if source.is_dir():
-                shutil.copytree(source, aside, dirs_exist_ok=True)
-                for path in sorted(each for each in aside.rglob("*") if each.is_file()):
-                    place = target / path.relative_to(aside)
-                    place.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-                    os.replace(path, place)
-            elif source.is_file():
+            source, target = self._run_dir / name, self._out / name
+            self._copy_file(source, target)
+            for folder, _, names in os.walk(source):
+                place = target / Path(folder).relative_to(source)
+                with contextlib.suppress(FileNotFoundError):
+                    place.mkdir(mode=stat.S_IMODE(os.stat(folder).st_mode), exist_ok=True)
+                    for each in sorted(names):
+                        self._copy_file(Path(folder, each), place / each)
+
+    def _copy_file(self, source: Path, target: Path) -> None:
+        if source.name.endswith(ASIDE) or not source.is_file():
+            return
+        aside = self._out / INCOMING / "beside"
+        aside.unlink(missing_ok=True)  # a rename onto another name of the same file leaves it
+        with contextlib.suppress(FileNotFoundError):
+            if source.suffix == TENSORS:  # replaced whole, like all of them, but never written to
+                self._link_or_copy(source, aside)
+            else:
                 shutil.copy2(source, aside)
-                os.replace(aside, target)
+            fsync_path(aside)
+            os.replace(aside, target)
 
     def _publish(self, taken: _Taken) -> None:
         """The copy becomes the backup's state, by one rename. Nothing of the former one is left to be read into it."""

@@ -26,6 +26,9 @@ from model.layout import TensorSpec
 from model.store import BlobStore, fsync_path
 
 EVIDENCE = "evidence"
+# Ends the name of a file that is not whole yet.
+ASIDE = ".new"
+TENSORS = ".safetensors"
 
 
 def keep_evidence(run_dir: Path, store: BlobStore, dispute: Dispute) -> Path:
@@ -104,23 +107,24 @@ def _entry(dispute: Dispute, claim: Claim) -> dict[str, Any]:
 
 
 def _file(folder: Path, claim: Claim, output: str) -> Path:
-    return folder / f"{claim.fence}-{output}.safetensors"
+    return folder / f"{claim.fence}-{output}{TENSORS}"
 
 
 def _link(blob: Path, path: Path) -> None:
-    """The same bytes under another name; a copy where the file system has no links."""
-    with contextlib.suppress(FileExistsError):
-        try:
-            os.link(blob, path)
-        except FileExistsError:
-            raise
-        except OSError:
-            shutil.copyfile(blob, path)
-            fsync_path(path)
+    """The same bytes under another name, which appears with all of them; copied where the file system has no links."""
+    aside = path.with_name(f"{path.name}{ASIDE}")
+    aside.unlink(missing_ok=True)
+    try:
+        os.link(blob, aside)
+    except OSError:
+        shutil.copyfile(blob, aside)
+        fsync_path(aside)
+    os.replace(aside, path)
+    aside.unlink(missing_ok=True)  # where both were the same file, which a rename leaves as it is
 
 
 def _write(folder: Path, record: dict[str, Any]) -> None:
-    aside = folder / "evidence.json.new"
+    aside = folder / f"evidence.json{ASIDE}"
     aside.write_text(json.dumps(record, indent=1), encoding="utf-8")
     fsync_path(aside)
     os.replace(aside, folder / "evidence.json")

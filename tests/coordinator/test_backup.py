@@ -145,6 +145,57 @@ def test_a_backup_that_is_cut_short_leaves_the_former_one(
     assert digest(out) == digest(run_dir)
 
 
+def evidence_in(run_dir: Path) -> Path:
+    """What a ban leaves, and a file that is being written."""
+    folder = run_dir / "evidence" / "train-TRAIN-0-1"
+    folder.mkdir(parents=True)
+    (folder / "evidence.json").write_text("first")
+    (folder / "1-0.1.safetensors").write_bytes(b"tensors")
+    (folder / "evidence.json.new").write_text("sec")
+    return folder
+
+
+def test_why_a_worker_is_banned_is_kept_too(tmp_path: Path) -> None:
+    run_dir, out = tasks_of(tmp_path / "a", 2), tmp_path / "out"
+    folder = evidence_in(run_dir)
+    for text in ("first", "second"):
+        (folder / "evidence.json").unlink()
+        (folder / "evidence.json").write_text(text)
+        back_up(run_dir, out, quietly)
+        kept = {path.name: path for path in (out / "evidence" / "train-TRAIN-0-1").iterdir()}
+        assert kept.keys() == {"evidence.json", "1-0.1.safetensors"}
+        assert kept["evidence.json"].read_text() == text
+        assert kept["1-0.1.safetensors"].samefile(folder / "1-0.1.safetensors")  # which takes no room of its own
+    shutil.rmtree(run_dir / "evidence")
+    back_up(run_dir, out, quietly)
+    assert kept["evidence.json"].read_text() == "second"
+
+
+@pytest.mark.parametrize("name", ["evidence.json", "1-0.1.safetensors"])
+def test_files_that_come_and_go_meanwhile_disturb_no_backup(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    run_dir, out = tasks_of(tmp_path / "a", 2), tmp_path / "out"
+    shutil.copytree(evidence_in(run_dir), run_dir / "evidence" / "train-TRAIN-1-1")
+    moved = tmp_path / "moved"
+
+    def late(bring: Callable[[Path, Path], object]) -> Callable[[Path, Path], None]:
+        def bring_late(source: Path, target: Path) -> None:
+            if source.name == name and not moved.exists():
+                (run_dir / "evidence").rename(moved)
+                (run_dir / "evidence" / "new").mkdir(parents=True)
+            bring(source, target)
+
+        return bring_late
+
+    monkeypatch.setattr("coordinator.backup.shutil.copy2", late(shutil.copy2))
+    monkeypatch.setattr("coordinator.backup.os.link", late(os.link))
+    back_up(run_dir, out, quietly)
+    assert moved.exists()
+    assert digest(out) == digest(run_dir)
+    assert not list((out / "evidence").rglob(name))
+
+
 @pytest.mark.parametrize(
     ("prepare", "sentence"),
     [

@@ -91,3 +91,35 @@ def test_where_there_are_no_links_the_bytes_are_copied(
     monkeypatch.setattr("os.link", refuse)
     folder = keep_evidence(tmp_path, store, dispute)
     assert tensor_file.read(folder / "1-0.1.safetensors")["w"].tolist() == [1.0, 5.0]
+
+
+def test_a_copy_that_is_cut_off_is_made_again(
+    tmp_path: Path, store: BlobStore, dispute: Dispute, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError("no links here")
+
+    def cut(source: Path, target: Path) -> None:
+        target.write_bytes(source.read_bytes()[:20])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("os.link", refuse)
+    with monkeypatch.context() as patched:
+        patched.setattr("shutil.copyfile", cut)
+        with pytest.raises(KeyboardInterrupt):
+            keep_evidence(tmp_path, store, dispute)
+    folder = evidence_dir(tmp_path, TASK)
+    assert not list(folder.glob("*.safetensors"))
+    keep_evidence(tmp_path, store, dispute)
+    assert tensor_file.read(folder / "1-0.1.safetensors")["w"].tolist() == [1.0, 5.0]
+    assert not list(folder.glob("*.new"))
+
+
+def test_another_result_of_the_same_lease_takes_the_place_of_the_first(
+    tmp_path: Path, store: BlobStore, dispute: Dispute
+) -> None:
+    keep_evidence(tmp_path, store, dispute)
+    claims = (claim(store, "liar", 1, 1.0, 7.0), *dispute.claims[1:])
+    folder = keep_evidence(tmp_path, store, replace(dispute, claims=claims))
+    assert tensor_file.read(folder / "1-0.1.safetensors")["w"].tolist() == [1.0, 7.0]
+    assert not list(folder.glob("*.new"))
