@@ -10,15 +10,14 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from configs.schema import Config
-from coordinator.decisions import Decision, Lease, StepDue
+from coordinator.decisions import Decision, Lease
 from coordinator.evidence import measure_evidence
-from coordinator.executor import Executor
 from coordinator.handlers import (
     HeartbeatAnswer,
     HeartbeatArgs,
@@ -32,11 +31,11 @@ from coordinator.jobs import Jobs
 from coordinator.journal import Journal
 from coordinator.ledger import Ledger
 from coordinator.machine import Machine
+from coordinator.own_work import OwnWork
 from coordinator.plan import Plan
 from coordinator.recovery import Findings, recover_store
-from coordinator.references import blobs_in, referenced_blobs
+from coordinator.references import referenced_blobs
 from coordinator.results import Results
-from coordinator.robust import robust_average
 from coordinator.room import Room
 from coordinator.spool import Spool
 from coordinator.state import State, Task
@@ -44,14 +43,13 @@ from coordinator.status import status_of
 from coordinator.traffic import Traffic
 from model.store import BlobStore
 from protocol.errors import UnknownBlob, WaitingForRoom
-from protocol.tasks import BlobRef, Checkpoint, TaskResult
+from protocol.tasks import Checkpoint, TaskResult
 from protocol.tensors import UploadHeader
 
 MAX_WAIT_S = 30.0
 TICK_S = 0.5
 FAREWELL_S = 10.0
 RECENTLY_S = 60.0
-PARALLEL_STEPS = 2
 
 
 class Coordinator:
@@ -65,21 +63,18 @@ class Coordinator:
         self._journal = Journal(run_dir)
         self._store = BlobStore(run_dir / "blobs")
         self._spool = Spool(run_dir / "spool", self._store)
-        self._executor = Executor(self._store, run_dir / "scratch")
         self._plan = Plan(config)
         self._machine = Machine(self._plan, State(self._journal.rows()), random.SystemRandom())
-        self._jobs = Jobs(self._plan, self._store, say)
         self._traffic = Traffic(self._machine.state)
         self._room = Room(run_dir, config.execution.low_disk_bytes)
         self._ledger = Ledger(run_dir, self._machine, self._journal, self._store, self._room, self._fail)
         self._results = Results(self._ledger, self._spool, self._traffic, self._commit)
+        jobs = Jobs(self._plan, self._store, say)
+        self._own_work = OwnWork(self._ledger, jobs, run_dir / "scratch", self._commit, self._fail)
         self._changed = asyncio.Event()
-        self._busy: set[object] = set()
         self._overdue: set[str] = set()
-        self._told_of_waiting = self._closed = False
+        self._told_of_waiting = False
         self._awaited_until = 0.0
-        self._background: set[asyncio.Task[None]] = set()
-        self._step_slots = asyncio.Semaphore(PARALLEL_STEPS)
         self.failure: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     # --- life -------------------------------------------------------------------------------------------------------
@@ -105,7 +100,7 @@ class Coordinator:
         self._spool.retain(task.task_id for task in self._machine.state.tasks.values() if task.status == "leased")
         findings = self._recover_store(verify)
         self._await_workers()
-        self._commit(self._machine.resume(time.monotonic()))
+        self._commit(self._machine.resume(time.monotonic(), findings.lost))
         self.say(self._standing())
         self.say(findings.sentence(len(self._spool.recorded()), torn_event))
 
@@ -161,7 +156,7 @@ class Coordinator:
         if waiting:
             self._machine.leases.liveness.prolong(elapsed_s)
         else:
-            self._dispatch()
+            self._own_work.dispatch()
         return not waiting
 
     def _tell_of_overdue(self) -> None:
@@ -192,10 +187,7 @@ class Coordinator:
 
     async def close(self) -> None:
         """Stop background work at its next durable point, and begin none."""
-        self._closed = True
-        for task in list(self._background):
-            task.cancel()
-        await asyncio.gather(*self._background, return_exceptions=True)
+        await self._own_work.close()
         self._journal.close()
 
     # --- decisions --------------------------------------------------------------------------------------------------
@@ -203,91 +195,15 @@ class Coordinator:
     def _commit(self, decision: Decision) -> None:
         """Store a decision and make it current, begin what follows from it, wake who waits, and speak last."""
         for folder, dispute in self._ledger.commit(decision):
-            self._start(folder, asyncio.to_thread(measure_evidence, folder, dispute))
+            self._own_work.start(folder, asyncio.to_thread(measure_evidence, folder, dispute))
         self._wake()
-        self._dispatch()
+        self._own_work.dispatch()
         for note in decision.notes:
             self.say(note)
 
     def _fail(self, error: Exception) -> None:
         if not self.failure.done():
             self.failure.set_exception(error)
-
-    def _dispatch(self) -> None:
-        """Start the coordinator's own work that is ready: local tasks and module steps."""
-        if self.paused or self._room.waiting or self._closed:
-            return
-        for task in self._machine.local_tasks():
-            self._start(task.task_id, self._run_local(task))
-        for due in self._machine.due_steps():
-            self._start((due.module.key, due.module.version), self._run_step(due))
-
-    def _start(self, key: object, work: Coroutine[Any, Any, None]) -> None:
-        if key in self._busy:
-            work.close()
-            return
-        self._busy.add(key)
-        task = asyncio.get_running_loop().create_task(self._guard(key, work))
-        self._background.add(task)
-        task.add_done_callback(self._background.discard)
-        task.add_done_callback(lambda _: work.close())  # a task cancelled before it began leaves its work unawaited
-
-    async def _guard(self, key: object, work: Coroutine[Any, Any, None]) -> None:
-        """Work that found no room is begun again when there is some; nothing of it counts."""
-        try:
-            await work
-        except Exception as error:
-            with suppress(WaitingForRoom):
-                self._stop_for(error)
-        finally:
-            self._busy.discard(key)
-            self._dispatch_soon()
-
-    def _stop_for(self, error: Exception) -> None:
-        """A person's mistake pauses the run; anything else ends the process, and a restart goes on from the journal."""
-        if self._room.lacked_by(error):
-            self._room.refused()
-        elif isinstance(error, ValueError) and type(error) is not ValueError:
-            self._commit(self._machine.pause(str(error)))
-        else:  # a bare ValueError is a library's, not one of the refusals that our packages declare
-            self._fail(error)
-
-    def _dispatch_soon(self) -> None:
-        asyncio.get_running_loop().call_soon(self._dispatch)
-
-    async def _run_local(self, task: Task) -> None:
-        state = self._machine.state.copy()
-        result = await asyncio.to_thread(self._jobs.run, task, state)
-        if not self._holds(blobs_in(result)):
-            result = await asyncio.to_thread(self._jobs.run, task, state)
-        self._commit(self._machine.local_done(task, result, time.time()))
-
-    async def _run_step(self, due: StepDue) -> None:
-        """Step one module on its contributions, durably, then publish the version."""
-        async with self._step_slots:
-            params, momentum = await asyncio.to_thread(self._step, due)
-            if not self._holds([params, momentum]):
-                params, momentum = await asyncio.to_thread(self._step, due)
-        self._commit(self._machine.module_stepped(due, params, momentum, time.time()))
-
-    def _holds(self, blobs: Iterable[BlobRef | None]) -> bool:
-        """Whether what was stored is still there: equal bytes may have been let go while nothing referred to it."""
-        return all(self._store.has(blob.digest) for blob in blobs if blob is not None)
-
-    def _step(self, due: StepDue) -> tuple[BlobRef, BlobRef | None]:
-        """The new version and outer momentum of a module, durable in the store; blocks on files."""
-        outcome = self._executor.step(
-            (due.model, due.module.module_id),
-            due.module.version,
-            self._plan.module_spec(self._machine.state, due.model, due.module.module_id),
-            self._store.path(due.module.params.digest),
-            None if due.module.momentum is None else self._store.path(due.module.momentum.digest),
-            [(weight, self._store.path(ref.digest)) for _, weight, ref in due.contributions],
-            self._plan.outer(due.model),
-        )
-        params = BlobRef(digest=outcome.params[0], size=outcome.params[1])
-        momentum = outcome.momentum and BlobRef(digest=outcome.momentum[0], size=outcome.momentum[1])
-        return params, momentum
 
     async def _sleep(self, seconds: float) -> None:
         """Wait for a change, at most `seconds`."""
@@ -352,20 +268,8 @@ class Coordinator:
     async def complete(self, worker_id: str, task_id: str, fence: int, result: TaskResult) -> bool:
         counted_already, done = await self._results.complete(worker_id, task_id, fence, result)
         if done is not None and done.kind == "TRAIN":
-            self._accumulate(done, done.outputs)
+            self._own_work.accumulate(done)
         return counted_already
-
-    def _accumulate(self, task: Task, outputs: dict[str, BlobRef]) -> None:
-        """Let the executor add the contributions of a task to the sums of its modules while others still train."""
-        model, shard = self._machine.state.stages[task.stage].model, int(task.subject)
-        topology = self._plan.topology(model)
-        for module_id in topology.modules_of_path(topology.path_of_shard(shard)):
-            weights = self._plan.contribution_weights(self._machine.state, model, module_id)
-            if len(weights) > 1 and robust_average(self._plan.outer(model), len(weights)) is None:
-                path, key = self._store.path(outputs[module_id].digest), (model, module_id)
-                order, weight = list(weights), weights[shard]
-                add = asyncio.to_thread(self._executor.add, key, task.phase, order, shard, weight, path)
-                self._start((model, module_id, task.phase, shard), add)
 
     async def save_progress(self, worker_id: str, task_id: str, fence: int, checkpoint: Checkpoint) -> bool:
         return await self._results.save_progress(worker_id, task_id, fence, checkpoint)

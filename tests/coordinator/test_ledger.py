@@ -21,6 +21,7 @@ from coordinator.handlers import LeaseAnswer, ReleaseArgs
 from coordinator.journal import Journal
 from coordinator.ledger import Ledger
 from coordinator.machine import Machine
+from coordinator.own_work import OwnWork
 from coordinator.state import Claim, State
 from protocol.errors import WaitingForRoom
 from tests.played_run import Played, config_of, played
@@ -105,10 +106,10 @@ SEAM: list[tuple[Any, str]] = [
     (Journal, "commit"),
     (Ledger, "_learn"),
     (Garbage, "let_go"),
-    (Coordinator, "_start"),
+    (OwnWork, "start"),
     ("coordinator.coordinator", "measure_evidence"),
     (Coordinator, "_wake"),
-    (Coordinator, "_dispatch"),
+    (OwnWork, "dispatch"),
     (Coordinator, "say"),
 ]
 UNTIL_STORED = 2
@@ -126,7 +127,7 @@ def break_(monkeypatch: pytest.MonkeyPatch, run: Played, of: Any, name: str, err
         monkeypatch.setattr(of, name, broken)
 
 
-@pytest.mark.filterwarnings("ignore:coroutine 'to_thread' was never awaited")  # where `_start` is what broke
+@pytest.mark.filterwarnings("ignore:coroutine 'to_thread' was never awaited")  # where `start` is what broke
 @pytest.mark.usefixtures("eventful")
 @pytest.mark.parametrize("error", [full, Broken])
 @pytest.mark.parametrize("place", range(len(SEAM)), ids=[name for _, name in SEAM])
