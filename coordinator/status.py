@@ -1,7 +1,9 @@
 """What a person sees of a run: stages, phases, workers, losses, bytes and the time left. Pure.
 
+A worker's id is not in it: who knows one could speak for that worker, where workers have no certificates.
+
 Keys of a status: `run`, `stage` (names running), `stages` [name, kind, status, done, total], `phase`, `num_phases`,
-`workers` [id, name, task, steps, steps_total, loss, tokens_per_s, last_seen_s], `tasks` {ready, leasable, leased,
+`workers` [name, task, steps, steps_total, loss, tokens_per_s, last_seen_s], `tasks` {ready, leasable, leased,
 done}, `losses` {path id: mean loss of its latest task}, `baseline_losses` {model: the same}, `tokens`, `steps` (in the
 weights), `bytes` {modules, outer_gradients, inner_state, checkpoints, other}, `eta_s` (None while unknown), `finished`,
 `paused`, `waiting` (for room on the disk, in one sentence), `quarantined` {task: why}, `undecided` {task: why},
@@ -114,7 +116,6 @@ def _steps_of(plan: Plan, stage: Stage) -> int:
 def _worker(plan: Plan, state: State, worker: Worker, now: float) -> dict[str, Any]:
     task = state.tasks.get(worker.task_id)
     return {
-        "id": worker.worker_id,
         "name": worker.name,
         "task": worker.task_id,
         "steps": worker.steps,

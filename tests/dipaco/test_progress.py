@@ -18,9 +18,9 @@ STATUS: dict[str, Any] = {
     "phase": 3,
     "num_phases": 12,
     "workers": [
-        {"id": "w1", "name": "worker-0", "task": "train/TRAIN/3/1", "steps": 7, "steps_total": 50, "loss": 3.25}
+        {"name": "worker-0", "task": "train/TRAIN/3/1", "steps": 7, "steps_total": 50, "loss": 3.25}
         | {"tokens_per_s": 4000.0, "last_seen_s": 0.1},
-        {"id": "w2", "name": "worker-1", "task": "", "steps": 0, "steps_total": 0, "loss": None}
+        {"name": "worker-1", "task": "", "steps": 0, "steps_total": 0, "loss": None}
         | {"tokens_per_s": 900.0, "last_seen_s": 0.2},
     ],
     "tasks": {"ready": 1, "leased": 1, "done": 60},
