@@ -1,8 +1,8 @@
 """How often partial progress is worth its cost: from what the latest checkpoint took and how often workers are lost.
 
 Pure; times in seconds. The interval sqrt(2 C M) loses least for a cost C and a mean time M between failures (Young, "A
-first order approximation to the optimum checkpoint interval", 1974). C is the whole time until the answer, though most
-of it costs no steps: what is on the wire is somebody's link.
+first order approximation to the optimum checkpoint interval", 1974). C is what it takes away from the steps; how
+long it is on the wire bounds the interval, too.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Pace:
 
     @property
     def interval_s(self) -> float:
-        young_s = math.sqrt(2 * self._wire_s * self.mtbf_s)
+        young_s = math.sqrt(2 * self._cost_s * self.mtbf_s)
         interval_s = max(self._least_s, self._cost_s / COST_SHARE, self._wire_s / WIRE_SHARE, young_s)
         return math.ldexp(interval_s, min(self.failures, MOST_DOUBLINGS))
 

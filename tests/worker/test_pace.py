@@ -30,10 +30,10 @@ def test_later_ones_cost_their_share(cost_s: float, wire_s: float, interval_s: f
 
 
 def test_where_workers_stay_few_are_made() -> None:
-    pace = Pace(least_s=1.0, mtbf_s=8.0)
-    pace.took(0.01, 0.25)
-    assert pace.interval_s == pytest.approx(2.0)  # sqrt(2 * 0.25 * 8)
-    pace.mtbf_s = 3200.0
+    pace = Pace(least_s=1.0, mtbf_s=40.0)
+    pace.took(0.05, 0.1)
+    assert pace.interval_s == pytest.approx(2.0)  # sqrt(2 * 0.05 * 40)
+    pace.mtbf_s = 16000.0
     assert pace.interval_s == pytest.approx(40.0)
 
 
