@@ -55,6 +55,7 @@ def fill(disk: Path, leave: int) -> Path:
     return ballast
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("low_bytes", "leave"), [(4_000_000, 1_000_000), (0, 0)], ids=["limit", "to the last byte"])
 def test_a_run_waits_for_room_and_goes_on_by_itself(
     tmp_path: Path, small_disk: Path, prepare_tiny: Callable[[Path], Path], low_bytes: int, leave: int

@@ -62,6 +62,7 @@ def eventually(target: Target, most_files: int) -> None:
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 def test_a_thousand_of_each_kind_disturb_nothing(tmp_path: Path, expected: str) -> None:
     with Target(tmp_path, PHASES).running() as target:
         over: list[bool] = []

@@ -71,6 +71,7 @@ BAD_NETWORK = [
 ]
 
 
+@pytest.mark.slow
 def test_a_bad_network_changes_no_bit_and_is_replayed(tmp_path: Path, prepare_tiny: Callable[[Path], Path]) -> None:
     prepare_tiny(tmp_path)
     (tmp_path / "faults.txt").write_text("".join(json.dumps(line) + "\n" for line in BAD_NETWORK), encoding="utf-8")
