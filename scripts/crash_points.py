@@ -25,6 +25,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO, Any, get_args
+from unittest.mock import patch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -143,20 +144,20 @@ class Coordinators:
 @contextmanager
 def working(port: int, cache: Path) -> Iterator[Callable[[float], bool]]:
     """A worker in a thread of this process; yields what waits for its end: whether it ended in so many seconds."""
-    leased_task.Checkpoints = EveryStep  # type: ignore[attr-defined]
     thread = threading.Thread(
         target=run_worker,
         args=(f"127.0.0.1:{port}", None, cache, 1),
         kwargs={"name": "worker", "memory_bytes": 1 << 30, "say": lambda line: None},
         daemon=True,
     )
-    thread.start()
 
     def ended(seconds: float) -> bool:
         thread.join(seconds)
         return not thread.is_alive()
 
-    yield ended
+    with patch.object(leased_task, "Checkpoints", EveryStep):
+        thread.start()
+        yield ended
 
 
 def finished_run(run_dir: Path) -> RunSnapshot:
