@@ -30,9 +30,8 @@ def test_far_lossy_slow_and_cut_off_for_a_minute(tmp_path: Path) -> None:
     outcome = carry_out(tmp_path, 2, road)
     assert outcome.equal
     assert outcome.seconds > 60
-    assert outcome.packets["lost"] / (outcome.packets["lost"] + outcome.packets["carried"]) == pytest.approx(
-        0.05, rel=0.3
-    )
+    share_lost = outcome.packets["lost"] / (outcome.packets["lost"] + outcome.packets["carried"])
+    assert 0.02 < share_lost < 0.12, "5 % of some two thousand packets, which are lost at random"
     assert outcome.packets["cut_off"] > 0
 
 
