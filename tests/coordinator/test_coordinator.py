@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import random
 import re
 import sqlite3
 import threading
@@ -43,11 +44,13 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 class Disk:
-    """Stands for the disk of the run: how much is free, and whether writes fail."""
+    """Stands for the disk of the run: how much is free, whether writes fail, and which share of them fails by chance."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.free = 10**12
         self.full = False
+        self.full_share = 0.0
+        self.chance = random.Random(0)
         self.refused: list[str] = []
         monkeypatch.setattr("coordinator.room.RETRY_S", 0.05)
         monkeypatch.setattr("coordinator.coordinator.TICK_S", 0.02)
@@ -66,7 +69,7 @@ class Disk:
         real = getattr(of, name)
 
         def maybe(*args: Any, **kwargs: Any) -> Any:
-            if self.full:
+            if self.full or self.chance.random() < self.full_share:
                 self.refused.append(f"{of.__name__}.{name}")
                 raise error()
             return real(*args, **kwargs)
@@ -312,11 +315,6 @@ def test_below_the_limit_nothing_is_handed_out_until_there_is_room(
 def test_a_disk_that_fills_up_again_and_again_costs_nothing(tmp_path: Path, disk: Disk, undisturbed: str) -> None:
     """Whatever is written finds no room now and then: decisions, local tasks, module steps, sums."""
 
-    async def fill(run: Played) -> None:
-        while True:
-            disk.full = not disk.full
-            await asyncio.sleep(0.05 if disk.full else 0.02)
-
     async def patiently(call: Callable[..., Awaitable[Any]], *args: Any) -> Any:
         """What the client does."""
         while True:
@@ -326,7 +324,7 @@ def test_a_disk_that_fills_up_again_and_again_costs_nothing(tmp_path: Path, disk
                 await asyncio.sleep(0.01)
 
     async def script(run: Played) -> None:
-        filling = asyncio.create_task(fill(run))
+        disk.full_share = 0.5
         while not (lease := await run.lease()).finished:
             if lease.spec is None:
                 continue
@@ -335,8 +333,7 @@ def test_a_disk_that_fills_up_again_and_again_costs_nothing(tmp_path: Path, disk
             await patiently(run.upload, lease, outcome)
             await patiently(run.complete, lease, outcome)
             done.append(lease.task_id)
-        filling.cancel()
-        disk.full = False
+        disk.full_share = 0.0
 
     done: list[str] = []
     assert digest(play(tmp_path, script)) == undisturbed

@@ -123,8 +123,8 @@ def test_a_partition_is_silent_and_what_was_sent_in_it_arrives_afterwards() -> N
 def test_nobody_behind_it_is_a_connection_that_is_reset() -> None:
     with echoing() as address:
         pass
-    with Relays(address, Network(), 1) as relays, connect(relays.addresses[0]) as connection:
-        with pytest.raises(ConnectionResetError):
+    with Relays(address, Network(), 1) as relays:
+        with pytest.raises(ConnectionResetError), connect(relays.addresses[0]) as connection:  # at once, or when read
             connection.recv(1)
         assert relays.counts().refused_connections == 1
 
