@@ -152,8 +152,7 @@ class Claims:
         holders = tuple(holder for holder in task.holders if task.audited and self._is_other(holder.worker_id, claim))
         for holder in set(task.holders) - set(holders):
             self._state.lifelines.pop((task.task_id, holder.fence), None)
-        status: Any = "leased" if holders else "ready"
-        rows: list[Row] = [replace(task, status=status, holders=holders, checkpoint=None, claims=verdict.claims)]
+        rows: list[Row] = [replace(task.held_by(holders), checkpoint=None, claims=verdict.claims)]
         if verdict.paused:
             rows.append(replace(self._state.standing, paused=verdict.note))
         disputes = (_dispute(task, verdict),) if verdict.paused else ()
@@ -204,10 +203,9 @@ class Claims:
                 continue
             for holder in lost:
                 self._state.lifelines.pop((task.task_id, holder.fence), None)
-            holders = tuple(holder for holder in task.holders if holder not in lost)
+            kept = task.held_by(holder for holder in task.holders if holder not in lost)
             claims = tuple(claim for claim in task.claims if claim not in doubtful)
-            status: Any = "leased" if holders else "ready"
-            freed.append(replace(task, status=status, holders=holders, checkpoint=None, claims=claims))
+            freed.append(replace(kept, checkpoint=None, claims=claims))
             dropped |= _blobs_of(doubtful) | set(_checkpoint_of(task))
         return freed, dropped
 

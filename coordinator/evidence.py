@@ -23,7 +23,7 @@ from coordinator.partial_sum import CHUNK_ELEMENTS, FlatFile, chunk_spans
 from coordinator.state import Claim
 from model import tensor_file
 from model.layout import TensorSpec
-from model.store import BlobStore, fsync_path
+from model.store import BlobStore, fsync_path, write_whole
 
 EVIDENCE = "evidence"
 # Ends the name of a file that is not whole yet.
@@ -124,8 +124,4 @@ def _link(blob: Path, path: Path) -> None:
 
 
 def _write(folder: Path, record: dict[str, Any]) -> None:
-    aside = folder / f"evidence.json{ASIDE}"
-    aside.write_text(json.dumps(record, indent=1), encoding="utf-8")
-    fsync_path(aside)
-    os.replace(aside, folder / "evidence.json")
-    fsync_path(folder)
+    write_whole(folder / "evidence.json", json.dumps(record, indent=1))

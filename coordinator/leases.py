@@ -182,8 +182,7 @@ class Leases:
     def _without(self, task: Task, holder: Holder, *, lost: bool = False) -> Task:
         """The task without a holder, whose lease ended in peace or with its worker (`lost`)."""
         self.liveness.end(task, holder, lost=lost)
-        holders = tuple(other for other in task.holders if other != holder)
-        return replace(task, status="leased" if holders else "ready", holders=holders)
+        return task.held_by(other for other in task.holders if other != holder)
 
     def expire(self, now: float) -> Decision:
         """Leases whose end has passed are over; silent workers are forgotten; what nobody decides pauses the run."""

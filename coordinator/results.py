@@ -49,7 +49,8 @@ class Results:
             if self._ledger.counts(task_id, fence):
                 return True, None
             self._machine.leases.held_task(task_id, fence, worker_id)
-            self._ledger.garbage.landing_of_task(task_id, [ref.digest for ref in result.outputs.values()])
+            verified = await asyncio.to_thread(self._spool.verified, task_id, fence)
+            self._ledger.garbage.landing_of_task(task_id, [blob.digest for blob in verified.values()])
             await asyncio.to_thread(self._spool.commit, task_id, fence, result.outputs)
             norms = await asyncio.to_thread(self._spool.norms, task_id, fence)
             if self._ledger.counts(task_id, fence):  # under another lease meanwhile

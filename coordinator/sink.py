@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from coordinator.expected import ExpectedOutput
-from model.store import fsync_path
+from model.store import fsync_path, write_whole
 from protocol.errors import StaleLease, WaitingForRoom
 from protocol.tasks import MalformedMessage
 from protocol.tensors import UploadHeader
@@ -132,7 +132,4 @@ def _write_all(file: BinaryIO, data: bytes) -> None:
 
 def _write_record(path: Path, header: UploadHeader, norm: float | None) -> None:
     record = {"output": header.output, "digest": header.digest, "size": header.size, "norm": norm}
-    aside = path.with_suffix(".new")
-    aside.write_text(json.dumps(record))
-    fsync_path(aside)
-    os.replace(aside, path)
+    write_whole(path, json.dumps(record))

@@ -7,7 +7,7 @@ transaction, and only then are they applied here. Workers and deadlines are not 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, NamedTuple
 
 from coordinator.arrivals import Gaps
@@ -91,6 +91,11 @@ class Task:
     def holder(self, worker_id: str) -> Holder | None:
         """The lease of a worker, if it has one."""
         return next((holder for holder in self.holders if holder.worker_id == worker_id), None)
+
+    def held_by(self, holders: Iterable[Holder]) -> Task:
+        """The task with these of its holders alone; without one it is ready to be leased."""
+        kept = tuple(holders)
+        return replace(self, status="leased" if kept else "ready", holders=kept)
 
     @property
     def steps_kept(self) -> int:

@@ -11,8 +11,6 @@ perplexity}; `path_load` {route: {path: share of tokens}}; `oracle_agreement`; `
 from __future__ import annotations
 
 import json
-import os
-from pathlib import Path
 from typing import Any
 
 from configs.load import experiment_digest
@@ -23,6 +21,7 @@ from dipaco.evaluation import shaped
 from dipaco.report_page import page
 from dipaco.run_digest import run_digest
 from dipaco.usage import hardware, read_usage
+from model.store import write_whole
 
 POINTS = 80
 """Of a whole loss curve; each is a mean over the steps in between."""
@@ -73,13 +72,7 @@ def write_report(snapshot: RunSnapshot) -> tuple[dict[str, Any], list[str]]:
         )
     except MissingExtra as error:
         remarks.append(f"report.html is without curves: {error}")
-    _write(snapshot.run_dir / "report.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n")
-    _write(snapshot.run_dir / "report.html", page(report, curves_png))
+    write_whole(snapshot.run_dir / "report.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+    write_whole(snapshot.run_dir / "report.html", page(report, curves_png))
     remarks.append(f"report: {snapshot.run_dir / 'report.html'} and {snapshot.run_dir / 'report.json'}")
     return report, remarks
-
-
-def _write(path: Path, text: str) -> None:
-    aside = path.with_name(path.name + ".new")
-    aside.write_text(text, encoding="utf-8")
-    os.replace(aside, path)

@@ -12,6 +12,7 @@ from typing import Any
 import psutil
 
 from dipaco.ending import no_room_at
+from model.store import write_whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,10 +39,9 @@ def read_usage(run_dir: Path) -> Usage:
 
 def write_usage(run_dir: Path, usage: Usage) -> None:
     """Keep it, complete or not at all."""
-    aside = run_dir / "usage.json.new"
-    with no_room_at(aside):
-        aside.write_text(json.dumps(asdict(usage)) + "\n", encoding="utf-8")
-        os.replace(aside, run_dir / "usage.json")
+    path = run_dir / "usage.json"
+    with no_room_at(path):
+        write_whole(path, json.dumps(asdict(usage)) + "\n")
 
 
 def hardware() -> dict[str, Any]:

@@ -42,6 +42,15 @@ def fsync_path(path: Path) -> None:
         os.close(descriptor)
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Put a text file in the place of the former one, complete and durable or not at all."""
+    aside = path.with_name(f"{path.name}.new")
+    aside.write_text(text, encoding="utf-8")
+    fsync_path(aside)
+    os.replace(aside, path)
+    fsync_path(path.parent)
+
+
 class BlobStore:
     """Blobs in one directory. Safe for several threads and processes at once: a blob appears by one rename."""
 

@@ -44,7 +44,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 class Disk:
-    """Stands for the disk of the run: how much is free, whether writes fail, and which share of them fails by chance."""
+    """Stands for the disk of the run: how much is free, whether writes fail, which share of them fails by chance."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.free = 10**12

@@ -36,4 +36,4 @@ def test_a_full_disk_names_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         write_usage(tmp_path, Usage())
     told = ending.sentence(raised.value)
     assert told is not None
-    assert f"({tmp_path / 'usage.json.new'}); make room and give the same command again" in told
+    assert f"({tmp_path / 'usage.json'}); make room and give the same command again" in told
