@@ -6,18 +6,17 @@ so that a configuration that loads can be run. Torch-free.
 
 from __future__ import annotations
 
+import math
+import re
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-PositiveInt = Annotated[int, Field(gt=0)]
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+from configs.execution import Execution
+from configs.section import Fraction, PositiveInt, Section
+from configs.stages import EvaluateStage, PretrainStage, ReshardStage, Stage, TrainStage
 
-
-class Section(BaseModel):
-    """A part of the configuration: frozen, and an unknown key is an error."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+_STAGES = re.compile(r"(pretrain)?( ?shard( train( reshard train)*)?)?( ?evaluate)?")
 
 
 class InstalledSource(Section):
@@ -196,45 +195,6 @@ class ShardingConfig(Section):
     overlap: PositiveInt = 1
 
 
-class PretrainStage(Section):
-    """Train the dense base for `steps`, in tasks of `inner_steps`; every path starts from it."""
-
-    kind: Literal["pretrain"]
-    steps: PositiveInt
-    inner_steps: PositiveInt
-
-    @model_validator(mode="after")
-    def _whole_tasks(self) -> PretrainStage:
-        if self.steps % self.inner_steps:
-            raise ValueError(
-                f"pretrain.steps ({self.steps}) must be a multiple of its inner_steps ({self.inner_steps})"
-            )
-        return self
-
-
-class ShardStage(Section):
-    """Compute features, fit the router and give every training sequence its shard (experiment.sharding)."""
-
-    kind: Literal["shard"]
-
-
-class TrainStage(Section):
-    """`phases` phases of `inner_steps` inner steps a shard, each followed by one outer step a module."""
-
-    kind: Literal["train"]
-    phases: PositiveInt
-    inner_steps: PositiveInt
-
-
-class EvaluateStage(Section):
-    """Perplexity of the held-out split for every model and route; writes the report."""
-
-    kind: Literal["evaluate"]
-
-
-Stage = Annotated[PretrainStage | ShardStage | TrainStage | EvaluateStage, Field(discriminator="kind")]
-
-
 class BaselineConfig(Section):
     """The dense base continued on all data for the steps of the train stage: what the mixture is compared with."""
 
@@ -288,8 +248,23 @@ class Experiment(Section):
         return next((stage for stage in self.stages if isinstance(stage, PretrainStage)), None)
 
     @property
-    def train(self) -> TrainStage | None:
-        return next((stage for stage in self.stages if isinstance(stage, TrainStage)), None)
+    def trains(self) -> list[TrainStage]:
+        """The train stages, in their order; a re-shard stands between any two."""
+        return [stage for stage in self.stages if isinstance(stage, TrainStage)]
+
+    @property
+    def reshards(self) -> list[ReshardStage]:
+        return [stage for stage in self.stages if isinstance(stage, ReshardStage)]
+
+    @property
+    def phases(self) -> int:
+        """Phases of all train stages together: their count goes on over a re-shard."""
+        return sum(stage.phases for stage in self.trains)
+
+    @property
+    def inner_steps(self) -> int:
+        """Inner steps of a shard in a phase; 0 where nothing is trained but the base."""
+        return self.trains[0].inner_steps if self.trains else 0
 
     @property
     def evaluates(self) -> bool:
@@ -298,25 +273,55 @@ class Experiment(Section):
     @property
     def total_steps(self) -> int:
         """Inner steps one path takes over the whole run: the horizon of the learning-rate schedule."""
-        pretrain, train = self.pretrain, self.train
-        return (pretrain.steps if pretrain else 0) + (train.phases * train.inner_steps if train else 0)
+        return (self.pretrain.steps if self.pretrain else 0) + self.phases * self.inner_steps
 
     @model_validator(mode="after")
     def _stages_in_order(self) -> Experiment:
-        order = ["pretrain", "shard", "train", "evaluate"]
         kinds = [stage.kind for stage in self.stages]
-        if kinds != sorted(set(kinds), key=order.index):
-            raise ValueError(f"stages {kinds} must be a selection of {order}, each at most once and in this order")
         if "train" in kinds and "shard" not in kinds:
             raise ValueError("stages has train without shard; add '- kind: shard' before it")
-        if "shard" in kinds and self.sharding.kind in ("kmeans", "product-kmeans"):
-            if "pretrain" not in kinds and self.model.init_from is None:
-                raise ValueError(
-                    f"sharding.kind {self.sharding.kind!r} needs features of a trained base: "
-                    "add a pretrain stage or model.init_from"
-                )
+        if not _STAGES.fullmatch(" ".join(kinds)):
+            raise ValueError(
+                f"stages {kinds} must be some of pretrain, shard, train, evaluate in this order, each at most once; "
+                "after train, pairs of reshard and train may follow"
+            )
+        if len({stage.inner_steps for stage in self.trains}) > 1:
+            steps = ", ".join(str(stage.inner_steps) for stage in self.trains)
+            raise ValueError(f"all train stages must have the same inner_steps, not {steps}: phases are of one length")
+        if "shard" in kinds and self.sharding.kind in ("kmeans", "product-kmeans") and not self._has_base:
+            raise ValueError(
+                f"sharding.kind {self.sharding.kind!r} needs features of a trained base: "
+                "add a pretrain stage or model.init_from"
+            )
         if self.baselines and "train" not in kinds:
             raise ValueError("baselines continue for the steps of the train stage, and stages has none")
+        return self
+
+    @property
+    def _has_base(self) -> bool:
+        return self.pretrain is not None or self.model.init_from is not None
+
+    @model_validator(mode="after")
+    def _reshards_have_what_they_need(self) -> Experiment:
+        if not self.reshards:
+            return self
+        if self.topology.replicas > 1 or self.sharding.kind == "all":
+            raise ValueError(
+                "a reshard stage gives every path the sequences it is best at, so it needs several paths with one "
+                "shard each: set topology.replicas to 1 and sharding.kind to kmeans, product-kmeans or random"
+            )
+        if not self._has_base:
+            raise ValueError(
+                "a reshard stage needs features of a trained base: add a pretrain stage or model.init_from"
+            )
+        if self.corpus.splits.router == 0:
+            raise ValueError("a reshard stage scores the router split: set corpus.splits.router above 0")
+        num_paths = math.prod(level.modules for level in self.topology.levels if isinstance(level.modules, int))
+        if num_paths < 2:
+            raise ValueError("a reshard stage chooses between paths, and this topology has one")
+        for stage in self.reshards:
+            if stage.candidates is not None and not 2 <= stage.candidates <= num_paths:
+                raise ValueError(f"reshard.candidates must be 2..{num_paths} (the paths), not {stage.candidates}")
         return self
 
     @model_validator(mode="after")
@@ -362,38 +367,6 @@ class Experiment(Section):
         names = [baseline.name for baseline in self.baselines]
         if len(set(names)) != len(names) or {"base", "mixture"} & set(names):
             raise ValueError(f"baseline names {names} must differ from one another and from 'base' and 'mixture'")
-        return self
-
-
-class Execution(Section):
-    """How the run is carried out; none of it changes a bit of the result, all of it may change on resume."""
-
-    heartbeat_s: Annotated[float, Field(gt=0)] = 2.0
-    lease_s: Annotated[float, Field(gt=0)] = 12.0
-    chunk_bytes: Annotated[int, Field(ge=1024, le=3 * 1024 * 1024)] = 1024 * 1024
-    cache_bytes: PositiveInt = 20 * 1024**3
-    keep_versions: Annotated[int, Field(ge=1)] = 2
-    max_attempts: PositiveInt = 3
-    # Keep the partial progress of TRAIN tasks, as often as its measured cost allows (at most 5 % of a task's time).
-    checkpoints: bool = True
-    # Seconds from SIGTERM until a worker must be gone, unless it was started with --grace-s.
-    grace_s: Annotated[float, Field(ge=0)] = 10.0
-    low_disk_bytes: Annotated[int, Field(ge=0)] = 64 * 1024**2
-    require_worker_certificates: bool = False
-    log_bytes: Annotated[int, Field(ge=4096)] = 64 * 1024**2
-    log_files: Annotated[int, Field(ge=2)] = 8
-    quarantine_factor: Annotated[float, Field(gt=1)] | None = 10.0
-    audit_share: Fraction = 0.0
-    # Workers (names, or those of their certificates) whose ban ends when the coordinator starts.
-    unban: list[str] = []
-
-    @model_validator(mode="after")
-    def _leases_outlast_heartbeats(self) -> Execution:
-        if self.lease_s < 3 * self.heartbeat_s:
-            raise ValueError(
-                f"execution.lease_s ({self.lease_s:g}) must be at least 3 times heartbeat_s ({self.heartbeat_s:g}), "
-                "or a lease ends before its worker is heard of"
-            )
         return self
 
 

@@ -72,11 +72,13 @@ class Plan:
         if model == BASE:
             pretrain = self.experiment.pretrain
             return pretrain.steps // pretrain.inner_steps if pretrain else 0
-        return self.experiment.train.phases if self.experiment.train else 0
+        return self.experiment.phases
 
     def inner_steps(self, model: str) -> int:
-        stage = self.experiment.pretrain if model == BASE else self.experiment.train
-        return stage.inner_steps if stage else 0
+        pretrain = self.experiment.pretrain
+        if model == BASE:
+            return pretrain.inner_steps if pretrain else 0
+        return self.experiment.inner_steps
 
     def first_step(self, model: str) -> int:
         """The path's step counter when its model starts: the learning rate goes on where the base left it."""
@@ -106,7 +108,7 @@ class Plan:
         kinds = {stage.kind for stage in experiment.stages}
         if "shard" in kinds:
             rows.append(Stage("shard", "shard", MIXTURE, (trained,)))
-        if experiment.train:
+        if experiment.trains:
             rows.append(Stage("train", "train", MIXTURE, ("shard",)))
             rows += [Stage(line.name, "baseline", line.name, (trained,)) for line in experiment.baselines]
         if "evaluate" in kinds:
@@ -115,7 +117,7 @@ class Plan:
 
     def evaluated_models(self) -> list[str]:
         """The trained models that the report compares."""
-        if not self.experiment.train:
+        if not self.experiment.trains:
             return [BASE]
         return [MIXTURE, *self.outer_of_baseline]
 

@@ -18,13 +18,12 @@ FLOPS_PER_CORE_S = 50e9
 
 
 def phase_s(config: Config, num_workers: int, cores: int) -> float:
-    """Seconds of one phase of the train stage without faults, baselines beside it."""
+    """Seconds of one phase of a train stage without faults, baselines beside it."""
     experiment = config.experiment
     topology = Topology.from_config(experiment.topology)
     vocab_size = 258 if experiment.tokenizer.kind == "bytes" else experiment.tokenizer.vocab_size
     tokens = experiment.inner.batch_rows * experiment.model.sequence_length
-    steps = experiment.train.inner_steps if experiment.train else 0
-    flops = 6.0 * num_parameters(experiment.model, vocab_size, topology) * tokens * steps
+    flops = 6.0 * num_parameters(experiment.model, vocab_size, topology) * tokens * experiment.inner_steps
     tasks = topology.num_shards + len(experiment.baselines)
     return flops / FLOPS_PER_CORE_S * math.ceil(tasks / max(1, min(num_workers, cores)))
 
@@ -40,14 +39,12 @@ def lengthened(config: Config, one_phase_s: float, wanted: Sequence[tuple[Sequen
             raise Refused(f"the fault plan has {len(times)} kills of a kind of which {count} are asked for")
         if count:
             until_s = max(until_s, times[count - 1])
-    train = config.experiment.train
     if until_s == 0.0:
         return config
-    if train is None:
+    if not config.experiment.trains:
         raise Refused("--min-worker-kills and --min-coordinator-kills lengthen the train stage, and this run has none")
-    phases = max(train.phases, math.ceil(until_s / one_phase_s))
+    missing = max(0, math.ceil(until_s / one_phase_s) - config.experiment.phases)
     document = config.model_dump(mode="json")
-    for stage in document["experiment"]["stages"]:
-        if stage["kind"] == "train":
-            stage["phases"] = phases
+    [*_, last] = (stage for stage in document["experiment"]["stages"] if stage["kind"] == "train")
+    last["phases"] += missing
     return Config.model_validate(document)

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from configs.schema import Execution
+from configs.execution import Execution
 from dipaco.ending import UNFINISHED
 from dipaco.own_log import LogTail
 

@@ -13,8 +13,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from configs.execution import Execution
 from configs.load import experiment_digest, to_yaml
-from configs.schema import Config, Execution
+from configs.schema import Config
 from coordinator.events import read_events
 from coordinator.snapshot import RunSnapshot
 from dipaco import faults
@@ -198,7 +199,7 @@ def _outcome(
             "coordinator_mtbf_s": wish.coordinator_mtbf_s,
             "seed": wish.seed,
             "workers": wish.workers,
-            "phases": config.experiment.train.phases if config.experiment.train else 0,
+            "phases": config.experiment.phases,
             "digest": digest,
             "reference_digest": reference.get("reference_digest"),
             "digest_equal": digest == reference["reference_digest"] if reference else None,

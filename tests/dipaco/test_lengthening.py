@@ -13,14 +13,10 @@ CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
 def test_a_run_lasts_until_the_last_kill_that_is_asked_for() -> None:
     config = load_config(CONFIGS / "simulate.yaml")
-    train = config.experiment.train
-    assert train is not None
+    [train] = config.experiment.trains
     times = [30.0 * count for count in range(1, 20)]
     longer = lengthened(config, 10.0, [(times, 3), (times, 10)])
-    assert longer.experiment.train is not None
-    assert longer.experiment.train.phases == 30
-    same = train.model_copy(update={"phases": 30})
-    assert longer.experiment.train == same
+    assert longer.experiment.trains == [train.model_copy(update={"phases": 30})]
     assert lengthened(config, 10.0, [(times, 0)]) == config
     assert lengthened(config, 1000.0, [(times, 3)]) == config, "it is long enough already"
 

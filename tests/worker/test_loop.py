@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from configs.schema import Config, Execution
+from configs.execution import Execution
+from configs.schema import Config
 from model.store import file_digest
 from protocol.errors import Banned, Forbidden, NotAllowed, StaleLease, Unavailable, UnknownBlob, UnknownTask
 from protocol.tasks import BlobRef, Capabilities, Checkpoint, TaskResult, TrainSpec

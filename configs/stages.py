@@ -1,0 +1,74 @@
+"""The stages that a run is a list of. Torch-free."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from configs.section import PositiveInt, Section
+
+
+class PretrainStage(Section):
+    """Train the dense base for `steps`, in tasks of `inner_steps`; every path starts from it."""
+
+    kind: Literal["pretrain"]
+    steps: PositiveInt
+    inner_steps: PositiveInt
+
+    @model_validator(mode="after")
+    def _whole_tasks(self) -> PretrainStage:
+        if self.steps % self.inner_steps:
+            raise ValueError(
+                f"pretrain.steps ({self.steps}) must be a multiple of its inner_steps ({self.inner_steps})"
+            )
+        return self
+
+
+class ShardStage(Section):
+    """Compute features, fit the router and give every training sequence its shard (experiment.sharding)."""
+
+    kind: Literal["shard"]
+
+
+class TrainStage(Section):
+    """`phases` phases of `inner_steps` inner steps a shard, each followed by one outer step a module."""
+
+    kind: Literal["train"]
+    phases: PositiveInt
+    inner_steps: PositiveInt
+
+
+class GaterConfig(Section):
+    """The gater: multinomial logistic regression of the best path on z (DiPaCo, arXiv 2403.10616, Sec 2.4.2)."""
+
+    transform: Literal["none", "standardize", "whiten"] = "standardize"
+    # Of the L2 penalty, over the number of router sequences: the larger, the flatter the posterior.
+    regularization: Annotated[float, Field(gt=0)] = 1.0
+    # No path is the label of more than this many times its fair share of router sequences; null: the plain best path.
+    capacity: Annotated[float, Field(ge=1.0)] | None = 1.25
+    # Shift the classes so that the gater hands out the shares that the labels have: no path starves.
+    match_labels: bool = True
+
+
+class ReshardStage(Section):
+    """Score the router split under every path, fit the gater to the best ones, give every sequence its shard anew."""
+
+    kind: Literal["reshard"]
+    gater: GaterConfig = GaterConfig()
+    # Of the router split, scored under every path; null: all of them.
+    max_sequences: PositiveInt | None = None
+    # Score each sequence under its so many nearest paths only, by the router so far; null: under all paths.
+    candidates: PositiveInt | None = None
+
+
+class EvaluateStage(Section):
+    """Perplexity of the held-out split for every model and route; writes the report."""
+
+    kind: Literal["evaluate"]
+
+
+Stage = Annotated[
+    PretrainStage | ShardStage | TrainStage | ReshardStage | EvaluateStage,
+    Field(discriminator="kind"),
+]
