@@ -14,7 +14,7 @@ from coordinator.state import Task
 from model.store import BlobStore
 from protocol.errors import StaleLease, UnknownTask
 from protocol.tasks import Checkpoint, TaskResult
-from tests.coordinator.test_machine import Driver, make_config, ref
+from tests.driver import Driver, make_config, ref
 
 
 class Blobs(BlobStore):
