@@ -146,10 +146,25 @@ class TopologyConfig(Section):
     replicas: PositiveInt = 1
 
 
-class InnerConfig(Section):
-    """AdamW on one path. The learning rate is a pure function of the path's step counter: warm-up, then cosine."""
+class MuonConfig(Section):
+    """Of the inner optimizer `muon`, for the matrices of the blocks; weight decay is that of `inner`.
 
-    optimizer: Literal["adamw"] = "adamw"
+    `learning_rate`: theirs, where it is not to be that of all other tensors. It follows the same schedule.
+    """
+
+    learning_rate: Annotated[float, Field(gt=0)] | None = None
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    newton_schulz_steps: PositiveInt = 5
+
+
+class InnerConfig(Section):
+    """The optimizer of one path: AdamW, or Muon for the matrices of the blocks and AdamW for all other tensors.
+
+    The learning rate is a pure function of the path's step counter: warm-up, then cosine.
+    """
+
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    muon: MuonConfig = MuonConfig()
     learning_rate: Annotated[float, Field(gt=0)] = 4e-4
     final_learning_rate_ratio: Fraction = 0.1
     warmup_steps: Annotated[int, Field(ge=0)] = 1000
@@ -163,6 +178,12 @@ class InnerConfig(Section):
     fork_inner_state: Literal["copy", "reset"] = "copy"
     rewarm_steps: Annotated[int, Field(ge=0)] = 0
     train_on_prefix: bool = True
+
+    @model_validator(mode="after")
+    def _muon_is_chosen_where_it_is_set(self) -> InnerConfig:
+        if self.optimizer != "muon" and self.muon != MuonConfig():
+            raise ValueError(f"inner.muon is for optimizer 'muon', and inner.optimizer is {self.optimizer!r}")
+        return self
 
 
 class OuterConfig(Section):

@@ -11,8 +11,10 @@ from typing import Literal
 
 import numpy as np
 
+from configs.schema import InnerConfig
 from coordinator.outer import squared_norm
 from model import tensor_file
+from model.inner_state import checkpoint_tensors, inner_state_tensors
 from model.layout import ModuleSpec, TensorSpec
 from protocol.errors import CorruptBlob, RejectedTensor
 from protocol.tensors import UploadHeader
@@ -36,15 +38,15 @@ class ExpectedOutput:
         return cls("module", _file_bytes(spec.tensors), spec.tensors)
 
     @classmethod
-    def inner_state(cls, path_tensors: Sequence[TensorSpec]) -> ExpectedOutput:
-        """AdamW's `m.<name>` and `v.<name>` of every tensor of a path."""
-        moments = _prefixed("mv", path_tensors)
-        return cls("inner_state", _file_bytes(moments), moments)
+    def inner_state(cls, inner: InnerConfig, path_tensors: Sequence[TensorSpec]) -> ExpectedOutput:
+        """What the inner optimizer keeps of the tensors of a path."""
+        tensors = inner_state_tensors(inner, path_tensors)
+        return cls("inner_state", _file_bytes(tensors), tensors)
 
     @classmethod
-    def checkpoint(cls, path_tensors: Sequence[TensorSpec]) -> ExpectedOutput:
-        """Partial progress: the parameters `p.<name>` of a path beside its inner state."""
-        tensors = _prefixed("mpv", path_tensors)
+    def checkpoint(cls, inner: InnerConfig, path_tensors: Sequence[TensorSpec]) -> ExpectedOutput:
+        """Partial progress: the parameters of a path beside its inner state."""
+        tensors = checkpoint_tensors(inner, path_tensors)
         return cls("checkpoint", _file_bytes(tensors), tensors)
 
     @classmethod
@@ -106,10 +108,6 @@ class ExpectedOutput:
                         raise RejectedTensor(f"{what}: {spec.name} holds a value that is not finite")
                     squares += squared_norm(chunk)
         return math.sqrt(squares)
-
-
-def _prefixed(prefixes: str, tensors: Sequence[TensorSpec]) -> tuple[TensorSpec, ...]:
-    return tuple(TensorSpec(f"{prefix}.{spec.name}", spec.shape) for prefix in prefixes for spec in tensors)
 
 
 def _file_bytes(tensors: Sequence[TensorSpec]) -> int:

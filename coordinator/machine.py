@@ -144,7 +144,8 @@ class Machine:
         """What may be uploaded under a lease of the task, by name: its outputs, and its partial progress."""
         expected = self.expected_outputs(task)
         if task.kind == "TRAIN":
-            expected[CHECKPOINT] = ExpectedOutput.checkpoint(self.plan.path_tensors(self.state))
+            inner = self.plan.experiment.inner
+            expected[CHECKPOINT] = ExpectedOutput.checkpoint(inner, self.plan.path_tensors(self.state))
         return expected
 
     def _expected_of_training(self, task: Task) -> dict[str, ExpectedOutput]:
@@ -152,8 +153,9 @@ class Machine:
         shard = self.state.shards[f"{stage.model}/{task.subject}"]
         modules = self.plan.topology(stage.model).modules_of_path(shard.path_index)
         expected = {m: ExpectedOutput.module(self.plan.module_spec(self.state, stage.model, m)) for m in modules}
-        if self.plan.experiment.inner.inner_state == "keep":
-            expected["inner_state"] = ExpectedOutput.inner_state(self.plan.path_tensors(self.state))
+        inner = self.plan.experiment.inner
+        if inner.inner_state == "keep":
+            expected["inner_state"] = ExpectedOutput.inner_state(inner, self.plan.path_tensors(self.state))
         return expected
 
     def complete(

@@ -1,8 +1,8 @@
 """How many bytes a task needs on a worker: what a lease is weighed against. Pure arithmetic on the shape of a path.
 
-An estimate from above, for float32 master weights: parameters, gradients, AdamW's m and v, the copy of the start that
-the outer gradient is taken from, and the activations of one micro batch. Interpreter and libraries are not counted: a
-worker offers what is free after they are loaded.
+An estimate from above, for float32 master weights: parameters, gradients, the inner optimizer's m and v, the copy of
+the start that the outer gradient is taken from, and the activations of one micro batch. Interpreter and libraries are
+not counted: a worker offers what is free after they are loaded.
 
 Legend: H hidden size, I intermediate size, Q queries and K keys of a token (heads times head size), V vocabulary.
 """
@@ -11,8 +11,9 @@ from __future__ import annotations
 
 from typing import Literal
 
-from configs.schema import ModelConfig
-from model.layout import level_tensors
+from configs.schema import InnerConfig, ModelConfig
+from model.inner_state import takes_muon
+from model.layout import TensorSpec, level_tensors
 from model.topology import Level
 
 Dtype = Literal["auto", "float32", "bfloat16"]
@@ -20,6 +21,9 @@ Device = Literal["auto", "cpu", "cuda", "mps"]
 
 # Copies of the parameters while training: themselves, gradients, AdamW's m and v, the start, one temporary of a step.
 _TRAIN_COPIES = 6
+# Copies of a matrix that Muon works with at once: the gradient ahead, two steps of the iteration, three square ones.
+_MUON_COPIES = 6
+_ADAMW = InnerConfig()
 # Copies while reading only: the model, and the file they are loaded from.
 _READ_COPIES = 2
 # Sequences that a worker runs at once where it keeps no activations.
@@ -38,6 +42,7 @@ def train_bytes(
     dtype: Dtype = "auto",
     checkpoint_activations: bool = False,
     device: Device = "auto",
+    inner: InnerConfig = _ADAMW,
 ) -> int:
     """Bytes that inner steps on one path need with micro batches of `rows` rows of `sequence_length` tokens."""
     length = sequence_length or model.sequence_length
@@ -48,7 +53,8 @@ def train_bytes(
     else:
         kept = (model.blocks + 1) * block
     working = kept + _logits_bytes(tokens, vocab_size, device) + _mask_bytes(rows, length)
-    return _parameter_bytes(model, vocab_size, _TRAIN_COPIES, dtype) + working + _OVERHEAD_BYTES
+    parameters = _parameter_bytes(model, vocab_size, _TRAIN_COPIES, dtype) - _spared_by_muon(inner, model, vocab_size)
+    return parameters + working + _OVERHEAD_BYTES
 
 
 def evaluate_bytes(
@@ -78,9 +84,20 @@ def featurize_bytes(
 
 def _parameter_bytes(model: ModelConfig, vocab_size: int, copies: int, dtype: Dtype) -> int:
     """The copies in float32, and one in bfloat16 that autocast may hold beside them."""
-    whole_path = Level(0, 1, tuple(range(model.blocks)), embedding=True, head=True, per_path=False)
-    parameters = sum(tensor.num_elements for tensor in level_tensors(model, vocab_size, whole_path))
+    parameters = sum(tensor.num_elements for tensor in _path_tensors(model, vocab_size))
     return parameters * (4 * copies + (0 if dtype == "float32" else 2))
+
+
+def _path_tensors(model: ModelConfig, vocab_size: int) -> tuple[TensorSpec, ...]:
+    whole_path = Level(0, 1, tuple(range(model.blocks)), embedding=True, head=True, per_path=False)
+    return level_tensors(model, vocab_size, whole_path)
+
+
+def _spared_by_muon(inner: InnerConfig, model: ModelConfig, vocab_size: int) -> int:
+    """The v of the matrices that it takes, less what it works with on the largest of them."""
+    tensors = _path_tensors(model, vocab_size)
+    matrices = [tensor.num_elements for tensor in tensors if takes_muon(inner, tensor.name, len(tensor.shape))]
+    return 4 * (sum(matrices) - _MUON_COPIES * max(matrices, default=0))
 
 
 def _logits_bytes(tokens: int, vocab_size: int, device: Device) -> int:

@@ -204,6 +204,7 @@ class Plan:
                 dtype=experiment.numerics.dtype,
                 checkpoint_activations=experiment.numerics.checkpoint_activations,
                 device=experiment.numerics.device,
+                inner=experiment.inner,
             ),
         )
 

@@ -104,8 +104,9 @@ class FeaturizeSpec(Message):
 class Checkpoint(Message):
     """Partial progress of a TRAIN task: what its first `steps` steps have come to.
 
-    The blob holds float32 tensors `p.<tensor>` (parameters), `m.<tensor>` and `v.<tensor>` (AdamW); the sums and the
-    losses of the steps are those of TaskResult. Whoever goes on from it ends with the same bits.
+    The blob holds float32 tensors `p.<tensor>` (parameters), `m.<tensor>` and `v.<tensor>` (of the inner optimizer; v
+    of AdamW alone); the sums and the losses of the steps are those of TaskResult. Whoever goes on from it ends with
+    the same bits.
     """
 
     blob: BlobRef
@@ -124,7 +125,7 @@ class Checkpoint(Message):
 
 
 class TrainSpec(Message):
-    """`steps` inner AdamW steps of one shard on its path, from module versions and the shard's inner state.
+    """`steps` inner steps of one shard on its path, from module versions and the shard's inner state.
 
     `first_step` is the path's step counter (learning rate), `shard_step` the steps already done in the shard (data
     cursor), `resume` the progress of an earlier holder to go on from. Outputs: one contribution per module id (start

@@ -31,7 +31,7 @@ Send = Callable[[Path, Checkpoint], None]
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """A copy of the state after some steps: float32 tensors `p.`, `m.` and `v.<tensor>`, and all but their blob."""
+    """A copy of the state after some steps: parameters `p.<tensor>` and the inner state, and all but their blob."""
 
     tensors: dict[str, np.ndarray]
     tokens: int

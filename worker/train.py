@@ -1,4 +1,4 @@
-"""TRAIN: inner AdamW steps of one shard on its path, and what they contribute to every module of the path.
+"""TRAIN: inner steps of one shard on its path, and what they contribute to every module of the path.
 
 A pure function of module versions, token files, inner state and spec (DiPaCo, 2403.10616, Algorithm 1, inner loop).
 Master weights are float32; the loss of a step is a sum over the whole batch's targets divided by their count, however
@@ -122,7 +122,7 @@ class Trainer:
         lengths = np.concatenate([file.lengths for file in token_files])
         rows = pack_rows(lengths, self._experiment.model.sequence_length)
         take = partial(self._snapshot, tally, time.monotonic())
-        copy_bytes = sum(3 * tensor.numel() * 4 for tensor in self.path.parameters())
+        copy_bytes = sum(tensor.numel() * 4 for tensor in self.path.parameters()) + self.optimizer.num_bytes
         if checkpoints is not None:
             checkpoints.begin()
         for index in range(len(tally.step_losses), self._spec.steps):
@@ -150,8 +150,8 @@ class Trainer:
         return Snapshot(tensors, tally.tokens, tally.rows, tally.loss_sum, list(tally.step_losses), seconds)
 
     def _checkpoint_specs(self) -> list[tuple[str, tuple[int, ...]]]:
-        shapes = [(name, tuple(tensor.shape)) for name, tensor in self.path.named_parameters()]
-        return [(f"{prefix}.{name}", shape) for prefix in "mpv" for name, shape in shapes]
+        parameters = [(f"p.{name}", tuple(tensor.shape)) for name, tensor in self.path.named_parameters()]
+        return [*parameters, *self.optimizer.specs]
 
     def step(self, rows: Batch, step: int) -> tuple[float, int]:
         """One inner step with counter `step`; returns the summed loss in nats over all targets, and their count."""

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save
 
+from configs.schema import InnerConfig
 from coordinator.expected import ExpectedOutput
 from coordinator.sink import Sink
 from coordinator.spool import Spool
@@ -375,7 +376,8 @@ def test_inner_state_is_checked_like_a_module(spool: Spool, tmp_path: Path) -> N
     tensors = {spec.name: np.ones(spec.shape, np.float32) for spec in moments}
     declared = [(spec.name, "float32", list(spec.shape)) for spec in moments]
     data = _module_bytes(tmp_path, tensors)
-    _upload(spool, data, ExpectedOutput.inner_state(SPECS), output="inner_state", kind="inner_state", tensors=declared)
+    expected = ExpectedOutput.inner_state(InnerConfig(), SPECS)
+    _upload(spool, data, expected, output="inner_state", kind="inner_state", tensors=declared)
     assert spool.norms(TASK, 1)["inner_state"] == pytest.approx(44**0.5)
 
 
