@@ -32,6 +32,7 @@ from worker.task import run_task
 
 ROUTE = re.compile(r"sequence|every:[1-9]\d*|oracle:sequence|oracle:every:[1-9]\d*|path:[\d.]+")
 DIPACO = "dipaco"
+HELD_OUT = ("validation", "test")
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,10 +145,11 @@ def evaluate_run(
     snapshot: RunSnapshot,
     *,
     data: Path | None = None,
+    split: str | None = None,
     routes: Sequence[str] | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
-    """Perplexities of all models, on the run's held-out split or on `data`.
+    """Perplexities of all models, on a held-out split of the run (its evaluation.split by default) or on `data`.
 
     Raises Refused, BadCorpus, UnknownPath, DamagedModule, and RunUnusable where a model of the run has not begun.
     """
@@ -163,9 +165,16 @@ def evaluate_run(
             snapshot.topology.path_index(route.removeprefix("path:"))
     wanted = list(routes or evaluation.routes)
     if data is None:
-        parts = [part for part in snapshot.plan.ranges(snapshot.state, evaluation.split) if part["sequences"]]
+        split = split or evaluation.split
+        if split not in HELD_OUT:
+            raise Refused(f"split {split!r} is none of {', '.join(HELD_OUT)}")
+        parts = [part for part in snapshot.plan.ranges(snapshot.state, split) if part["sequences"]]
         text = Text(tuple(blob(part["file"]) for part in parts), snapshot.store, evaluation.max_sequences)
-        return shaped(snapshot, {**Evaluation(snapshot, text, wanted, say).run(), "split": evaluation.split})
+        if not parts:
+            raise Refused(f"split {split!r} of the run holds no sequence; raise its share in corpus.splits")
+        return shaped(snapshot, {**Evaluation(snapshot, text, wanted, say).run(), "split": split})
+    if split is not None:
+        raise Refused("--data is measured whole; leave --split out")
     with tempfile.TemporaryDirectory(prefix="dipaco-data-") as scratch:
         text = _tokenized(snapshot, data, BlobStore(Path(scratch)))
         return shaped(snapshot, {**Evaluation(snapshot, text, wanted, say).run(), "split": str(data)})

@@ -164,7 +164,7 @@ FLAGS = {
         "--json",
     },
     "status": {"--join", "--insecure", "--json"},
-    "evaluate": {"--data", "--route", "--json"},
+    "evaluate": {"--data", "--split", "--route", "--json"},
     "generate": {"--prompt", "--tokens", "--temperature", "--top-k", "--seed", "--every", "--path", "--json"},
     "digest": {"--all", "--json"},
     "backup": {"--json"},

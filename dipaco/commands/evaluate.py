@@ -16,6 +16,9 @@ def evaluate(
     data: Annotated[
         Path | None, typer.Option(help="Text to measure instead of the run's held-out split (.jsonl, .parquet, .txt).")
     ] = None,
+    split: Annotated[
+        str | None, typer.Option(help="validation or test: the held-out split; the run's evaluation.split by default.")
+    ] = None,
     route: Annotated[
         list[str] | None,
         typer.Option(help="sequence, every:W, oracle:sequence, oracle:every:W or path:I.J; may be repeated."),
@@ -30,7 +33,7 @@ def evaluate(
     from dipaco.evaluation import evaluate_run
 
     with RunSnapshot.held(run) as snapshot:
-        found = evaluate_run(snapshot, data=data, routes=route)
+        found = evaluate_run(snapshot, data=data, split=split, routes=route)
     if as_json:
         typer.echo(json.dumps(found))
         return

@@ -118,6 +118,13 @@ def test_evaluate_measures_other_text_by_a_fixed_path(folder: Path, write_docume
     assert found["split"] == "few.jsonl"
 
 
+def test_evaluate_measures_the_split_that_is_asked_for(folder: Path, report: dict[str, Any]) -> None:
+    found = answer("evaluate", "runs/tiny", "--split", "validation", "--route", "sequence", cwd=folder)
+    assert (found["split"], report["split"]) == ("validation", "test")
+    assert found["perplexity"]["dense"] != report["perplexity"]["dense"]
+    assert answer("evaluate", "runs/tiny", "--split", "test", cwd=folder)["perplexity"] == report["perplexity"]
+
+
 def test_run_again_on_a_finished_run_only_reports(folder: Path, report: dict[str, Any]) -> None:
     again = answer("run", "tiny.yaml", "--workers", "2", cwd=folder)
     assert again == report
@@ -203,6 +210,8 @@ def test_text_that_is_too_short_is_told_by_how_much_it_takes(folder: Path, monke
         (["evaluate", "runs/tiny", "--route", "best"], "route 'best' is none of sequence, every:W"),
         (["evaluate", "runs/tiny", "--route", "path:9.9"], "there is no path '9.9'"),
         (["evaluate", "runs/tiny", "--data", "nowhere.txt"], "nowhere.txt"),
+        (["evaluate", "runs/tiny", "--split", "train"], "split 'train' is none of validation, test"),
+        (["evaluate", "runs/tiny", "--split", "test", "--data", "tiny.yaml"], "leave --split out"),
         (["generate", "runs/tiny", "--path", "9.9", "--prompt", "x"], "there is no path '9.9'"),
         (["digest", "."], ". is not a run directory"),
         (["status", "127.0.0.1:1"], "nobody answers at 127.0.0.1:1"),
