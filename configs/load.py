@@ -42,23 +42,33 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 
 def load_config(path: Path) -> Config:
     """The configuration in a YAML file, named after the file unless it says otherwise; raises InvalidConfig."""
+    return parse_config(text_of(path), source=str(path), default_name=path.name.partition(".")[0])
+
+
+def text_of(path: Path) -> str:
+    """What stands in a configuration file; raises InvalidConfig."""
     try:
-        text = path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise InvalidConfig(f"there is no configuration file {path}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidConfig(f"cannot read the configuration file {path}: {error}") from None
-    return parse_config(text, source=str(path), default_name=path.name.partition(".")[0])
 
 
-def parse_config(text: str, source: str, default_name: str | None = None) -> Config:
-    """The configuration in YAML (or JSON) text; `source` stands in front of every complaint. Raises InvalidConfig."""
+def mapping_in(text: str, source: str) -> dict[str, Any]:
+    """The mapping with the key 'experiment' that YAML (or JSON) text holds; raises InvalidConfig."""
     try:
         data = yaml.load(text, Loader=_UniqueKeyLoader)
     except yaml.YAMLError as error:
         raise InvalidConfig(f"{source}{_place(error)}: not valid YAML: {_problem(error)}") from None
     if not isinstance(data, dict):
         raise InvalidConfig(f"{source}: expected a mapping with the key 'experiment', found {shown(data)}")
+    return data
+
+
+def parse_config(text: str, source: str, default_name: str | None = None) -> Config:
+    """The configuration in YAML (or JSON) text; `source` stands in front of every complaint. Raises InvalidConfig."""
+    data = mapping_in(text, source)
     if default_name is not None:
         data = {"name": default_name} | data
     try:
