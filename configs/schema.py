@@ -10,9 +10,10 @@ import math
 import re
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from configs.execution import Execution
+from configs.routes import parse_route, route_name
 from configs.section import Fraction, PositiveInt, Section
 from configs.stages import EvaluateStage, PretrainStage, ReshardStage, Stage, TrainStage
 
@@ -145,6 +146,11 @@ class TopologyConfig(Section):
     levels: Annotated[list[LevelConfig], Field(min_length=1)]
     replicas: PositiveInt = 1
 
+    @property
+    def num_paths(self) -> int:
+        """A level with one module per path offers no choice of its own."""
+        return math.prod(level.modules for level in self.levels if isinstance(level.modules, int))
+
 
 class MuonConfig(Section):
     """Of the inner optimizer `muon`, for the matrices of the blocks; weight decay is that of `inner`.
@@ -227,7 +233,7 @@ class EvaluationConfig(Section):
     """What is measured, on which split. The first `prefix_tokens` of every sequence never count."""
 
     split: Literal["validation", "test"] = "test"
-    routes: list[Annotated[str, Field(pattern=r"^(sequence|oracle:sequence|(oracle:)?every:[1-9]\d*)$")]] = [
+    routes: list[Annotated[str, AfterValidator(route_name)]] = [
         "sequence",
         "every:32",
         "oracle:sequence",
@@ -337,12 +343,18 @@ class Experiment(Section):
             )
         if self.corpus.splits.router == 0:
             raise ValueError("a reshard stage scores the router split: set corpus.splits.router above 0")
-        num_paths = math.prod(level.modules for level in self.topology.levels if isinstance(level.modules, int))
+        num_paths = self.topology.num_paths
         if num_paths < 2:
             raise ValueError("a reshard stage chooses between paths, and this topology has one")
         for stage in self.reshards:
             if stage.candidates is not None and not 2 <= stage.candidates <= num_paths:
                 raise ValueError(f"reshard.candidates must be 2..{num_paths} (the paths), not {stage.candidates}")
+        return self
+
+    @model_validator(mode="after")
+    def _ensembles_fit_the_paths(self) -> Experiment:
+        for route in self.evaluation.routes:
+            parse_route(route).check(self.topology.num_paths)
         return self
 
     @model_validator(mode="after")
@@ -362,9 +374,7 @@ class Experiment(Section):
 
     @model_validator(mode="after")
     def _shards_fit_the_outer_step(self) -> Experiment:
-        num_paths = 1
-        for level in self.topology.levels:
-            num_paths *= level.modules if isinstance(level.modules, int) else 1
+        num_paths = self.topology.num_paths
         num_shards = num_paths * self.topology.replicas
         if self.sharding.overlap > num_shards:
             raise ValueError(f"sharding.overlap ({self.sharding.overlap}) exceeds the number of shards ({num_shards})")

@@ -6,11 +6,11 @@ Pure: reads the state, returns rows and specs. Which tasks the other stages are 
 from __future__ import annotations
 
 import hashlib
-import math
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
+from configs.routes import chunk_tokens, router_intervals
 from configs.schema import Config, OuterConfig
 from coordinator.memory import train_bytes
 from coordinator.outer import contribution_weights
@@ -29,7 +29,6 @@ from protocol.tasks import (
 
 BASE, MIXTURE = "base", "mixture"
 TRAINING = ("pretrain", "train", "baseline")
-DEFAULT_CHUNK_TOKENS = 32
 
 
 def seed_of(*parts: object) -> int:
@@ -122,13 +121,12 @@ class Plan:
         return [MIXTURE, *self.outer_of_baseline]
 
     def intervals(self) -> list[int]:
-        """The re-routing intervals of the configured routes, tokens."""
-        routes = self.experiment.evaluation.routes
-        return sorted({int(route.rpartition(":")[2]) for route in routes if "every:" in route})
+        """The intervals at which a configured route asks the router again, tokens."""
+        return router_intervals(self.experiment.evaluation.routes)
 
     def chunk_tokens(self) -> int:
         """The grid on which losses are kept: it divides every interval."""
-        return math.gcd(*self.intervals()) or DEFAULT_CHUNK_TOKENS
+        return chunk_tokens(self.experiment.evaluation.routes)
 
     # --- what earlier stages left ------------------------------------------------------------------------------------
 

@@ -5,8 +5,6 @@ The same functions as on workers and in the coordinator: on the same machine the
 
 from __future__ import annotations
 
-import math
-import re
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,8 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from configs.routes import UnknownRoute, chunk_tokens, parse_route, router_intervals
 from configs.schema import CorpusConfig, FilesSource, SplitsConfig, TokenizerConfig
-from coordinator.plan import DEFAULT_CHUNK_TOKENS, MIXTURE, blob
+from coordinator.plan import MIXTURE, blob
 from coordinator.snapshot import RunSnapshot
 from corpus.builder import build_corpus, tokenize_range
 from corpus.tokenizer import Tokenizer
@@ -25,12 +24,15 @@ from dipaco.ending import Refused
 from inference.module_cache import verify_module
 from model.store import BlobStore
 from protocol.tasks import BlobRef, EvaluateSpec, FeaturizeSpec, PathRef
-from routing.evaluation import LossTable, RouteTable, measures, summarise
+from routing.evaluation import measures, summarise
+from routing.prediction import chosen
 from routing.records import MIN_EVALUATED_TOKENS, Losses, Routes
+from routing.tables import LossTable, RouteTable
 from worker.outcome import no_progress
 from worker.task import run_task
 
-ROUTE = re.compile(r"sequence|every:[1-9]\d*|oracle:sequence|oracle:every:[1-9]\d*|path:[\d.]+")
+FIXED = "path:"
+"""And a path id: the route that always takes this path."""
 DIPACO = "dipaco"
 HELD_OUT = ("validation", "test")
 
@@ -48,12 +50,12 @@ class Evaluation:
     """Evaluates models of one run on one text, by routes that may ask for chunks of several sizes."""
 
     def __init__(self, snapshot: RunSnapshot, text: Text, routes: Sequence[str], say: Callable[[str], None]) -> None:
-        self._snapshot, self._text, self._routes, self._say = snapshot, text, list(routes), say
+        self._snapshot, self._text, self._say = snapshot, text, say
         self._plan, self._state = snapshot.plan, snapshot.state
-        intervals = {int(route.rpartition(":")[2]) for route in routes if "every:" in route}
-        self._intervals = sorted(intervals)
+        self._fixed = [route for route in routes if route.startswith(FIXED)]
+        self._routes = [route for route in routes if not route.startswith(FIXED)]
+        self._chunk_tokens = chunk_tokens(self._routes)
         self._verified: set[str] = set()
-        self._chunk_tokens = math.gcd(*intervals) or DEFAULT_CHUNK_TOKENS
 
     def run(self) -> dict[str, Any]:
         """The summary of routing.evaluation, with fixed paths (`path:I.J`) beside the routes."""
@@ -63,18 +65,16 @@ class Evaluation:
                 f"no document of the text has the {MIN_EVALUATED_TOKENS} tokens that an evaluation needs; "
                 "give longer documents"
             )
-        routed = [route for route in self._routes if not route.startswith("path:")]
-        wants_router = MIXTURE in tables and any(not route.startswith("oracle") for route in routed)
+        wants_router = MIXTURE in tables and any(parse_route(route).needs_router for route in self._routes)
         routes = self._routed() if wants_router else None
-        summary = summarise(tables, MIXTURE, routes, routed, self._chunk_tokens)
-        for route in self._routes:
-            if route.startswith("path:"):
-                self._add_path(summary, tables[MIXTURE], route)
+        summary = summarise(tables, MIXTURE, routes, self._routes, self._chunk_tokens)
+        for route in self._fixed:
+            self._add_path(summary, tables[MIXTURE], route)
         return summary
 
     def _add_path(self, summary: dict[str, Any], table: LossTable, route: str) -> None:
-        path_index = self._snapshot.topology.path_index(route.removeprefix("path:"))
-        measured = measures(table, np.full(table.count.shape, path_index, np.int64))
+        path_index = self._snapshot.topology.path_index(route.removeprefix(FIXED))
+        measured = measures(table, chosen(table, np.full(table.count.shape, path_index, np.int64)))
         for key in ("perplexity", "bits_per_byte"):
             summary[key].setdefault(DIPACO, {})[route] = measured[key]
         for domain, perplexity in measured["per_domain"].items():
@@ -116,7 +116,7 @@ class Evaluation:
                 prefix_tokens=experiment.sharding.prefix_tokens,
                 numerics=self._plan.numerics,
                 router=router,
-                intervals=self._intervals,
+                intervals=router_intervals(self._routes),
                 max_sequences=self._text.max_sequences,
             )
             records.append(Routes.from_bytes(self._output(spec, base, "routes")))
@@ -151,18 +151,14 @@ def evaluate_run(
 ) -> dict[str, Any]:
     """Perplexities of all models, on a held-out split of the run (its evaluation.split by default) or on `data`.
 
-    Raises Refused, BadCorpus, UnknownPath, DamagedModule, and RunUnusable where a model of the run has not begun.
+    Raises Refused, UnknownRoute, UnknownPath, BadCorpus, DamagedModule, and RunUnusable where a model of the run has
+    not begun.
     """
     for model in snapshot.plan.evaluated_models():
         snapshot.modules(model)
     evaluation = snapshot.config.experiment.evaluation
     for route in routes or []:
-        if not ROUTE.fullmatch(route):
-            raise Refused(
-                f"route {route!r} is none of sequence, every:W, oracle:sequence, oracle:every:W, path:I.J (W tokens)"
-            )
-        if route.startswith("path:"):
-            snapshot.topology.path_index(route.removeprefix("path:"))
+        _check(route, snapshot)
     wanted = list(routes or evaluation.routes)
     if data is None:
         split = split or evaluation.split
@@ -178,6 +174,18 @@ def evaluate_run(
     with tempfile.TemporaryDirectory(prefix="dipaco-data-") as scratch:
         text = _tokenized(snapshot, data, BlobStore(Path(scratch)))
         return shaped(snapshot, {**Evaluation(snapshot, text, wanted, say).run(), "split": str(data)})
+
+
+def _check(route: str, snapshot: RunSnapshot) -> None:
+    """Raise UnknownRoute or UnknownPath where the run does not offer a route."""
+    if route.startswith(FIXED):
+        snapshot.topology.path_index(route.removeprefix(FIXED))
+        return
+    try:
+        known = parse_route(route)
+    except UnknownRoute as error:
+        raise UnknownRoute(f"{error}, nor {FIXED}I.J") from None
+    known.check(snapshot.topology.num_paths)
 
 
 def shaped(snapshot: RunSnapshot, summary: dict[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """report.json and report.html of a run: what was measured, what it cost, and what identifies it.
 
-Keys: `run`; `perplexity` and `bits_per_byte` {dense, other baselines, dipaco: {sequence, every:W, oracle:sequence,
-oracle:every:W}} on the held-out `split`, the prefix of every sequence left out; `per_domain` {domain: the shape of
+Keys: `run`; `perplexity` and `bits_per_byte` {dense, other baselines, dipaco: {route (configs.routes):
+number}} on the held-out `split`, the prefix of every sequence left out; `per_domain` {domain: the shape of
 perplexity}; `path_load` {route: {path: share of tokens}}; `oracle_agreement`; `tokens` {trained, evaluated};
 `wire_bytes` {modules, outer_gradients, inner_state, checkpoints, other}; `stages` {name: seconds} (they may overlap);
 `wall_s`, `peak_rss_mb` (all processes of `dipaco run` together, proportional) and `workers`; `digest` of all weights;

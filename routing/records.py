@@ -2,7 +2,7 @@
 
 Each is a msgpack record with raw little-endian arrays, checked on reading. Torch-free.
 
-Legend: N sequences, D features, S choices of a sequence, C chunks.
+Legend: N sequences, D features, S choices of a sequence, C chunks, P paths.
 """
 
 from __future__ import annotations
@@ -82,6 +82,14 @@ def _names(record: dict[str, Any], key: str) -> tuple[str, ...]:
     return tuple(value)
 
 
+def _paths(record: dict[str, Any], key: str, num_paths: int, *shape: int) -> npt.NDArray[np.uint16]:
+    """The path indices under `key`, each below `num_paths`."""
+    paths = _array(record, key, "<u2", *shape)
+    if paths.size and int(paths.max()) >= num_paths:
+        raise MalformedRecord(f"a record of routes takes path {int(paths.max())} of {num_paths}")
+    return paths
+
+
 def _intervals(record: dict[str, Any], key: str) -> dict[int, dict[str, Any]]:
     """The entries under `key`, by the interval (tokens) that their key spells."""
     value = record.get(key)
@@ -113,7 +121,7 @@ class Features:
 
 @dataclass(frozen=True, slots=True)
 class Assignments:
-    """The best shards of every sequence, nearest first, with their squared distances."""
+    """The best shards of every sequence, nearest first, with the distances that the router gives them."""
 
     ids: UInt64[np.ndarray, " N"]
     shards: UInt32[np.ndarray, "N S"]
@@ -163,11 +171,19 @@ class ShardManifest:
 
 @dataclass(frozen=True, slots=True)
 class Routes:
-    """The path of every evaluated sequence, and of each of its chunks for every interval (tokens)."""
+    """The path of every evaluated sequence, and of each of its chunks for every interval (tokens).
+
+    `posterior` is the router's after the prefix, over all paths.
+    """
 
     positions: UInt32[np.ndarray, " N"]
     sequence: UInt16[np.ndarray, " N"]
+    posterior: Float32[np.ndarray, "N P"]
     every: dict[int, UInt16[np.ndarray, "N C"]]
+
+    @property
+    def num_paths(self) -> int:
+        return int(self.posterior.shape[1])
 
     def to_bytes(self) -> bytes:
         every = {
@@ -178,6 +194,8 @@ class Routes:
             {
                 "positions": self.positions.astype("<u4").tobytes(),
                 "sequence": self.sequence.astype("<u2").tobytes(),
+                "posterior": self.posterior.astype("<f4").tobytes(),
+                "paths": self.num_paths,
                 "every": every,
             }
         )
@@ -186,11 +204,16 @@ class Routes:
     def from_bytes(cls, data: bytes) -> Self:
         record = _unpack(data, "routes")
         positions = _array(record, "positions", "<u4", -1)
+        num_paths = _count(record, "paths")
+        posterior = _array(record, "posterior", "<f4", len(positions), num_paths)
+        if not (posterior >= 0).all() or (np.abs(posterior.sum(axis=1, dtype=np.float64) - 1) > 1e-3).any():
+            raise MalformedRecord("a record of routes has a posterior that is none")
         return cls(
             positions,
-            _array(record, "sequence", "<u2", len(positions)),
+            _paths(record, "sequence", num_paths, len(positions)),
+            posterior,
             {
-                interval: _array(entry, "path", "<u2", len(positions), _count(entry, "chunks"))
+                interval: _paths(entry, "path", num_paths, len(positions), _count(entry, "chunks"))
                 for interval, entry in _intervals(record, "every").items()
             },
         )

@@ -122,7 +122,8 @@ def _assign(spec: FeaturizeSpec, file: TokenFile, router: Clusters, z_of: Featur
 def _route(spec: FeaturizeSpec, sequence_length: int, file: TokenFile, router: Clusters, z_of: FeaturesOf) -> Routes:
     """Paths of sequences and of chunks; a chunk that a sequence does not reach has the path of its first."""
     positions = evaluated_positions(file, spec.max_sequences)
-    first = router.paths(z_of(_first_prefixes(file, positions, spec.prefix_tokens))).astype(np.uint16)
+    z = z_of(_first_prefixes(file, positions, spec.prefix_tokens))
+    first, posterior = router.paths(z).astype(np.uint16), router.posterior(z).astype(np.float32)
     every = {}
     for interval in spec.intervals:
         num_chunks = -(-(sequence_length - 1 - spec.prefix_tokens) // interval)
@@ -134,7 +135,7 @@ def _route(spec: FeaturizeSpec, sequence_length: int, file: TokenFile, router: C
             windows = [prefix_before(tokens, start, spec.prefix_tokens) for tokens in sequences]
             paths[reached, chunk] = router.paths(z_of(windows))
         every[interval] = paths
-    return Routes(positions.astype(np.uint32), first, every)
+    return Routes(positions.astype(np.uint32), first, posterior, every)
 
 
 class _Tally:

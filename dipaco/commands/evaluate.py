@@ -21,7 +21,10 @@ def evaluate(
     ] = None,
     route: Annotated[
         list[str] | None,
-        typer.Option(help="sequence, every:W, oracle:sequence, oracle:every:W or path:I.J; may be repeated."),
+        typer.Option(
+            help="sequence, every:W, likelihood:W, ensemble:N, oracle:sequence, oracle:every:W or path:I.J "
+            "(W tokens, N paths); may be repeated."
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:

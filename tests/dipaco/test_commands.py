@@ -78,7 +78,7 @@ def test_a_run_prints_progress_a_table_and_routed_text(ran: Ran) -> None:
 
 
 def test_the_report_has_its_documented_keys(report: dict[str, Any]) -> None:
-    routes = {"sequence", "every:16", "oracle:sequence", "oracle:every:16"}
+    routes = {"sequence", "every:16", "likelihood:16", "ensemble:2", "oracle:sequence", "oracle:every:16"}
     for key in ("perplexity", "bits_per_byte"):
         assert set(report[key]) == {"dense", "dense-nesterov", "dipaco"}
         assert set(report[key]["dipaco"]) == routes
@@ -86,7 +86,7 @@ def test_the_report_has_its_documented_keys(report: dict[str, Any]) -> None:
     assert set(report["wire_bytes"]) == {"modules", "outer_gradients", "inner_state", "checkpoints", "other"}
     assert all(count > 0 for what, count in report["wire_bytes"].items() if what != "checkpoints")  # tasks are short
     assert set(report["path_load"]["sequence"]) == {"0.0", "0.1", "1.0", "1.1"}
-    assert sum(report["path_load"]["sequence"].values()) == pytest.approx(1.0)
+    assert all(sum(loads.values()) == pytest.approx(1.0) for loads in report["path_load"].values())
     assert report["tokens"]["trained"] > report["tokens"]["evaluated"] > 0
     assert report["wall_s"] > 0
     assert 100 < report["peak_rss_mb"] < 3000
@@ -107,6 +107,14 @@ def test_evaluate_reproduces_the_report(folder: Path, report: dict[str, Any]) ->
     found = answer("evaluate", "runs/tiny", cwd=folder)
     for key in ("perplexity", "bits_per_byte", "per_domain", "path_load"):
         assert found[key] == report[key], key
+
+
+def test_evaluate_on_another_grid_finds_the_same_mixture(folder: Path, report: dict[str, Any]) -> None:
+    found = answer("evaluate", "runs/tiny", "--route", "ensemble:2", "--route", "likelihood:47", cwd=folder)
+    mine, reported = found["perplexity"]["dipaco"], report["perplexity"]["dipaco"]
+    assert mine["ensemble:2"] == pytest.approx(reported["ensemble:2"])
+    assert mine["likelihood:47"] == pytest.approx(reported["sequence"])  # all that is counted of a sequence of 64
+    assert reported["oracle:sequence"] <= reported["ensemble:2"]
 
 
 def test_evaluate_measures_other_text_by_a_fixed_path(folder: Path, write_documents: Callable[..., None]) -> None:
@@ -208,6 +216,8 @@ def test_text_that_is_too_short_is_told_by_how_much_it_takes(folder: Path, monke
         (["run", "other.yaml", "--run-dir", "runs/tiny"], "runs/tiny holds a run with another experiment.seed"),
         (["evaluate", "nowhere"], "there is no run directory nowhere"),
         (["evaluate", "runs/tiny", "--route", "best"], "route 'best' is none of sequence, every:W"),
+        (["evaluate", "runs/tiny", "--route", "best"], "oracle:every:W (W tokens, N paths), nor path:I.J"),
+        (["evaluate", "runs/tiny", "--route", "ensemble:5"], "'ensemble:5' of a topology of 4 paths: N must be 2..4"),
         (["evaluate", "runs/tiny", "--route", "path:9.9"], "there is no path '9.9'"),
         (["evaluate", "runs/tiny", "--data", "nowhere.txt"], "nowhere.txt"),
         (["evaluate", "runs/tiny", "--split", "train"], "split 'train' is none of validation, test"),

@@ -1,4 +1,4 @@
-"""Routes as choices in a table of losses, against loops over sequences and chunks written out here."""
+"""The numbers of routes through a table of losses, against loops over sequences and chunks written out here."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ import math
 import numpy as np
 import pytest
 
-from routing.evaluation import LossTable, RouteTable, choose, measures, summarise
+from routing.evaluation import measures, summarise
+from routing.prediction import NoRouter, predict
 from routing.records import Losses, MalformedRecord, Routes
+from routing.tables import LossTable, RouteTable
 
 N, C, P, CHUNK = 9, 5, 3, 32
 
@@ -32,7 +34,13 @@ def routes(seed: int = 0) -> Routes:
         CHUNK: generator.integers(0, P, (N, C)).astype(np.uint16),
         2 * CHUNK: generator.integers(0, P, (N, 3)).astype(np.uint16),
     }
-    return Routes(np.arange(N, dtype=np.uint32), generator.integers(0, P, N).astype(np.uint16), every)
+    sequence = generator.integers(0, P, N).astype(np.uint16)
+    return Routes(np.arange(N, dtype=np.uint32), sequence, posterior(sequence), every)
+
+
+def posterior(sequence: np.ndarray) -> np.ndarray:
+    """Half of it on the path of a sequence, the rest on all alike."""
+    return (0.5 * np.eye(P)[sequence] + 0.5 / P).astype(np.float32)
 
 
 TABLE = LossTable.join([[record] for record in records()])
@@ -45,8 +53,12 @@ def summed(route: str) -> float:
     for i in range(N):
         loss = TABLE.loss[i]  # (C, P)
         for c in range(C):
-            if route == "sequence":
+            if route == "sequence" or (route.startswith("likelihood") and c < int(route.rpartition(":")[2]) // CHUNK):
                 path = int(ROUTES.sequence[i])
+            elif route.startswith("likelihood"):
+                width = int(route.rpartition(":")[2]) // CHUNK
+                before = loss[: c // width * width].sum(axis=0)
+                path = int((before - np.log(ROUTES.posterior[i].astype(np.float64))).argmin())
             elif route == "oracle:sequence":
                 path = int(loss.sum(axis=0).argmin())
             else:
@@ -61,11 +73,12 @@ def summed(route: str) -> float:
 
 
 ALL_ROUTES = ["sequence", "every:32", "every:64", "oracle:sequence", "oracle:every:32", "oracle:every:64"]
+ALL_ROUTES += ["likelihood:32", "likelihood:64"]
 
 
 @pytest.mark.parametrize("route", ALL_ROUTES)
 def test_a_route_sums_the_losses_of_the_paths_it_takes(route: str) -> None:
-    measured = measures(TABLE, choose(route, TABLE, ROUTES, CHUNK))
+    measured = measures(TABLE, predict(route, TABLE, ROUTES, CHUNK))
     tokens = int(TABLE.count.sum())
     assert measured["perplexity"] == pytest.approx(math.exp(summed(route) / tokens))
     assert measured["bits_per_byte"] == pytest.approx(summed(route) / math.log(2) / (3 * tokens))
@@ -73,21 +86,21 @@ def test_a_route_sums_the_losses_of_the_paths_it_takes(route: str) -> None:
 
 
 def test_a_finer_oracle_is_never_worse_and_no_route_beats_it() -> None:
-    found = {route: measures(TABLE, choose(route, TABLE, ROUTES, CHUNK))["perplexity"] for route in ALL_ROUTES}
+    found = {route: measures(TABLE, predict(route, TABLE, ROUTES, CHUNK))["perplexity"] for route in ALL_ROUTES}
     assert found["oracle:every:32"] <= found["oracle:every:64"] <= found["oracle:sequence"] <= found["sequence"]
     assert found["oracle:every:32"] <= found["every:32"]
     assert found["oracle:every:64"] <= found["every:64"]
 
 
 def test_the_load_of_a_path_is_its_share_of_the_counted_tokens() -> None:
-    measured = measures(TABLE, choose("sequence", TABLE, ROUTES, CHUNK))
+    measured = measures(TABLE, predict("sequence", TABLE, ROUTES, CHUNK))
     tokens = TABLE.count.sum(axis=1)
     expected = [float(tokens[ROUTES.sequence == path].sum() / tokens.sum()) for path in range(P)]
     assert measured["path_load"] == pytest.approx(expected)
 
 
 def test_domains_are_measured_apart_and_agree_with_the_whole() -> None:
-    measured = measures(TABLE, choose("sequence", TABLE, ROUTES, CHUNK))
+    measured = measures(TABLE, predict("sequence", TABLE, ROUTES, CHUNK))
     logs, tokens = 0.0, 0
     for index, name in enumerate(TABLE.domain_names):
         counted = int(TABLE.count[TABLE.domains == index].sum())
@@ -122,7 +135,7 @@ def test_what_has_no_tokens_or_bytes_has_no_number_and_a_huge_loss_is_finite() -
     first = records(names=("prose", "code", "law"))[0]
     silent = Losses(first.positions, first.loss * 1e6, first.count, 0 * first.count, first.domains, first.domain_names)
     table = LossTable.join([[silent]])
-    measured = measures(table, choose("sequence", table, None, CHUNK))
+    measured = measures(table, predict("sequence", table, None, CHUNK))
     assert set(measured["per_domain"]) == {"code", "prose"}
     assert math.isnan(measured["bits_per_byte"])
     assert math.isfinite(measured["perplexity"])
@@ -145,8 +158,8 @@ def test_a_summary_names_models_routes_domains_and_agreement() -> None:
 def test_without_a_router_only_the_oracles_are_measured() -> None:
     summary = summarise({"mixture": TABLE}, "mixture", None, ALL_ROUTES, CHUNK)
     assert set(summary["perplexity"]["dipaco"]) == {route for route in ALL_ROUTES if route.startswith("oracle")}
-    with pytest.raises(ValueError, match="needs a router"):
-        choose("sequence", TABLE, None, CHUNK)
+    with pytest.raises(NoRouter, match="needs a router"):
+        predict("sequence", TABLE, None, CHUNK)
 
 
 def test_a_topology_of_one_path_needs_no_router() -> None:

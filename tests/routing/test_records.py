@@ -30,6 +30,7 @@ RECORDS: dict[str, Any] = {
     "routes": Routes(
         np.array([0, 4, 5], np.uint32),
         np.array([1, 0, 3], np.uint16),
+        np.array([[0, 1, 0, 0], [0.5, 0.25, 0.25, 0], [0.125, 0.125, 0.25, 0.5]], np.float32),
         {32: np.zeros((3, 7), np.uint16), 64: np.ones((3, 4), np.uint16)},
     ),
     "losses": Losses(
@@ -126,3 +127,20 @@ def test_losses_of_an_unnamed_domain_are_refused() -> None:
     record = msgpack.unpackb(RECORDS["losses"].to_bytes()) | {"domain_names": ["code"]}
     with pytest.raises(MalformedRecord, match="domain 1 of 1"):
         Losses.from_bytes(msgpack.packb(record))
+
+
+def test_routes_to_paths_that_do_not_exist_are_refused() -> None:
+    record = msgpack.unpackb(RECORDS["routes"].to_bytes())
+    beyond = np.array([1, 0, 4], "<u2").tobytes()
+    with pytest.raises(MalformedRecord, match="path 4 of 4"):
+        Routes.from_bytes(msgpack.packb(record | {"sequence": beyond}))
+    with pytest.raises(MalformedRecord, match="path 4 of 4"):
+        Routes.from_bytes(msgpack.packb(record | {"every": {"32": {"path": beyond, "chunks": 1}}}))
+
+
+@pytest.mark.parametrize("row", [[0.5, 0.5, 0.5, 0.0], [1.5, -0.5, 0.0, 0.0], [np.nan, 1.0, 0.0, 0.0], [np.inf] * 4])
+def test_a_posterior_that_is_no_distribution_is_refused(row: list[float]) -> None:
+    record = msgpack.unpackb(RECORDS["routes"].to_bytes())
+    posterior = np.array([[1, 0, 0, 0], [1, 0, 0, 0], row], "<f4").tobytes()
+    with pytest.raises(MalformedRecord, match="posterior"):
+        Routes.from_bytes(msgpack.packb(record | {"posterior": posterior}))

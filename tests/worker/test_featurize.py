@@ -110,11 +110,14 @@ def test_routes_sequences_and_chunks_by_the_tokens_before_them(run: TinyRun, blo
     with TokenFile.open(run.tokens) as file:
         positions = evaluated_positions(file, 9)
         np.testing.assert_array_equal(record.positions, positions)
+        assert record.num_paths == 2
         assert record.every[16].shape == (9, 6)
         assert record.every[40].shape == (9, 3)
         for line, position in enumerate(positions):
             tokens = file.tokens(int(position))
-            assert record.sequence[line] == clusters.paths(z_alone(run, [tokens[: PREFIX + 1]]))[0]
+            z = z_alone(run, [tokens[: PREFIX + 1]])
+            assert record.sequence[line] == clusters.paths(z)[0]
+            np.testing.assert_allclose(record.posterior[line], clusters.posterior(z)[0], atol=1e-5)
             for interval, paths in record.every.items():
                 assert paths[line, 0] == record.sequence[line]
                 for chunk in range(1, paths.shape[1]):
