@@ -12,7 +12,7 @@ import heapq
 import itertools
 import random
 import statistics
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -34,7 +34,7 @@ class Costs:
     """Seconds: of an inner step, of any other task, around every task (transfer, composing), of stepping a module.
 
     `start_s` passes from a worker's start to its first request, `checkpoint_every_s` between two checkpoints of a task
-    (0: none are made).
+    (0: none are made), `local_s` go into the coordinator's own tasks of a stage, by its kind.
     """
 
     step_s: float
@@ -43,6 +43,7 @@ class Costs:
     outer_step_s: float = 0.0
     start_s: float = 0.0
     checkpoint_every_s: float = 0.0
+    local_s: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -101,6 +102,8 @@ class VirtualRun:
         self._workers: dict[str, _VirtualWorker] = {}
         self._idle: deque[_VirtualWorker] = deque()
         self._stepping: set[tuple[str, int]] = set()
+        self._local: set[str] = set()
+        self._starts: Counter[str] = Counter()
         self._lost: dict[str, float] = {}
 
     def run(self, limit_s: float = 30 * 24 * 3600.0) -> Outcome:
@@ -145,9 +148,11 @@ class VirtualRun:
 
     def _own_work(self) -> None:
         for task in self.machine.local_tasks():
-            self.machine.apply(self.machine.local_done(task, local_result(task, self.plan), self.now))
-            self._own_work()
-            return
+            if task.task_id not in self._local:
+                first = all(not task_id.startswith(f"{task.stage}/") for task_id in self._local)
+                cost_s = self._costs.local_s.get(self.machine.state.stages[task.stage].kind, 0.0) if first else 0.0
+                self._local.add(task.task_id)
+                self._at(self.now + cost_s, lambda task=task: self._local_done(task))  # type: ignore[misc]
         for due in self.machine.due_steps():
             key = (due.module.key, due.module.version)
             if key not in self._stepping:
@@ -160,6 +165,9 @@ class VirtualRun:
                         self.machine.module_stepped(due, params, momentum, self.now)
                     ),
                 )
+
+    def _local_done(self, task: Task) -> None:
+        self._commit(self.machine.local_done(task, local_result(task, self.plan), self.now))
 
     def _hand_out(self) -> None:
         """Idle workers ask in turn until one finds nothing."""
@@ -184,13 +192,19 @@ class VirtualRun:
             self._at(max(fault[0], self.now), lambda: self._fault(fault[1], fault[2]))
 
     def _fault(self, name: str, action: str) -> None:
+        self._starts[name] += 1
         if action == "start":
-            self._at(self.now + self._costs.start_s, lambda: self._start(name))
+            number = self._starts[name]
+            self._at(self.now + self._costs.start_s, lambda: self._start(name, number))
         elif action == "kill":
             self._kill(name)
         self._next_fault()
 
-    def _start(self, name: str) -> None:
+    def _start(self, name: str, number: int) -> None:
+        """The worker asks for its first task, unless it was killed before it got so far."""
+        if number != self._starts[name]:
+            self.outcome.kills += 1
+            return
         worker = _VirtualWorker(name, self.machine.leases.register("", name, _OFFER, self.now))
         self._workers[name] = worker
         self._idle.append(worker)
@@ -302,13 +316,18 @@ def _pair(*parts: object) -> list[Any]:
 def local_result(task: Task, plan: Plan) -> dict[str, Any]:
     """What the coordinator's own tasks answer where there is no text and no tensor."""
     if task.kind == "BUILD":
-        splits = ["train", "train", "validation", "test"]
+        splits = ["train", "train", "validation", "test", *(["router"] if plan.experiment.reshards else [])]
         ranges = [{"index": index, "split": split, "text": _pair("text", index)} for index, split in enumerate(splits)]
         return {"vocab_size": 64, "tokenizer": _pair("tokenizer"), "ranges": ranges}
     if task.kind == "INITIALISE":
         return {"modules": {module_id: _pair("first", module_id) for module_id in plan.dense.module_ids}}
     if task.kind == "FIT":
         return {"router": _pair("router")}
+    if task.kind == "SELECT":
+        scored = [f"{path_index}-4" for path_index in range(plan.mixture.num_paths)]
+        return {"selections": {subject: _pair("selection", subject) for subject in scored}}
+    if task.kind == "GATE":
+        return {"router": _pair("gater", task.stage), "gater": {}}
     if task.kind == "DIVIDE":
         return {"shards": [{"manifest": _pair("manifest", shard)} for shard in range(plan.mixture.num_shards)]}
     return {"perplexity": {}}

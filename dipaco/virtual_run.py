@@ -13,7 +13,9 @@ from typing import Any
 
 from configs.schema import Config
 from coordinator.events import read_events
+from coordinator.plan import TRAINING
 from coordinator.snapshot import RunSnapshot
+from coordinator.state import Stage
 from coordinator.virtual import Costs, VirtualRun
 from dipaco.ending import Refused
 from dipaco.faults import COORDINATOR, Fault
@@ -25,6 +27,8 @@ ACTIONS = {"start": "start", "kill": "kill", "terminate": "kill"}
 
 def measured_costs(run_dir: Path) -> Costs:
     """Medians of a run that has trained: seconds of a step, of other tasks, around every task, between checkpoints.
+
+    And what the coordinator's own tasks took in each kind of stage.
 
     Where it was a simulation, also from the start of a worker's process to its first request.
 
@@ -46,7 +50,22 @@ def measured_costs(run_dir: Path) -> Costs:
         overhead_s=_median(around),
         start_s=_median(starts),
         checkpoint_every_s=_median(every),
+        local_s={stage.kind: _alone_s(stage, snapshot.metrics) for stage in snapshot.state.stages.values()},
     )
+
+
+def _alone_s(stage: Stage, metrics: Iterable[Record]) -> float:
+    """Seconds of a finished stage in which no worker computed for it: the coordinator's own part."""
+    if stage.kind in TRAINING or stage.status != "done":
+        return 0.0
+    spans = sorted(
+        (metric["wall_s"] - metric["seconds"], metric["wall_s"]) for metric in metrics if metric["stage"] == stage.name
+    )
+    alone_s, until_s = 0.0, stage.started_s
+    for begin_s, end_s in [*spans, (stage.finished_s, stage.finished_s)]:
+        alone_s += max(0.0, begin_s - until_s)
+        until_s = max(until_s, end_s)
+    return alone_s
 
 
 def _median(seconds: Sequence[float]) -> float:

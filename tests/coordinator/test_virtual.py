@@ -98,3 +98,19 @@ def test_audits_and_kills_together_neither_hang_nor_count_twice() -> None:
     outcome = VirtualRun(audited, COSTS, faults).run()
     assert outcome.finished
     assert outcome.steps_in_weights == 4 * 4 * 20
+
+
+def test_a_worker_killed_before_it_asked_for_anything_never_does() -> None:
+    slow_start = replace(COSTS, start_s=10.0)
+    killed = [*starts(4), (5.0, "worker-3", "kill")]
+    outcome = VirtualRun(make_config(2, 3), slow_start, killed).run()
+    assert outcome.kills == 1
+    assert outcome.wall_s == VirtualRun(make_config(2, 3), slow_start, starts(3)).run().wall_s
+    again = [*killed, (6.0, "worker-3", "start")]
+    assert VirtualRun(make_config(2, 3), slow_start, again).run().wall_s < outcome.wall_s
+
+
+def test_the_coordinators_own_tasks_take_their_time() -> None:
+    plain = VirtualRun(make_config(2, 3), COSTS, starts(4)).run()
+    working = VirtualRun(make_config(2, 3), replace(COSTS, local_s={"corpus": 4.0, "shard": 3.0}), starts(4)).run()
+    assert working.wall_s == pytest.approx(plain.wall_s + 7.0)
