@@ -293,6 +293,15 @@ class Experiment(Section):
         """Inner steps of a shard in a phase; 0 where nothing is trained but the base."""
         return self.trains[0].inner_steps if self.trains else 0
 
+    def first_phase(self, phase: int) -> int:
+        """The phase that the train stage of `phase` begins with: that of the fork, or of the last re-shard."""
+        first = 0
+        for stage in self.trains:
+            if phase < first + stage.phases:
+                break
+            first += stage.phases
+        return first
+
     @property
     def evaluates(self) -> bool:
         return any(isinstance(stage, EvaluateStage) for stage in self.stages)

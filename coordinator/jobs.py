@@ -10,13 +10,12 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from coordinator.plan import BASE, MIXTURE, Plan, blob, seed_of
+from coordinator.plan import BASE, MIXTURE, Plan, seed_of
+from coordinator.sharding_jobs import ShardingJobs
 from coordinator.state import State, Task
+from coordinator.task_outputs import outputs_of
 from model.layout import module_spec
 from model.store import BlobStore
-from protocol.tasks import BlobRef
 
 SAY_EVERY = 0.25
 
@@ -28,35 +27,32 @@ class Jobs:
         self._plan = plan
         self._store = store
         self._say = say
-        self._run: dict[str, Callable[[State], dict[str, Any]]] = {
+        sharding = ShardingJobs(plan, store, say)
+        self._run: dict[str, Callable[[Task, State], dict[str, Any]]] = {
             "BUILD": self._build,
             "INITIALISE": self._initialise,
-            "FIT": self._fit,
-            "DIVIDE": self._divide,
+            "FIT": sharding.fit,
+            "SELECT": sharding.select,
+            "GATE": sharding.gate,
+            "DIVIDE": sharding.divide,
             "SUMMARISE": self._summarise,
         }
 
     def run(self, task: Task, state: State) -> dict[str, Any]:
         """The result of a local task, as plain data; a person's mistake raises ValueError with one sentence."""
-        return self._run[task.kind](state)
-
-    def _read(self, ref: BlobRef) -> bytes:
-        return self._store.path(ref.digest).read_bytes()
-
-    def _outputs(self, state: State, stage: str, kind: str, name: str) -> list[tuple[str, bytes]]:
-        """(subject, bytes) of one output of all completed tasks of a kind."""
-        tasks = [task for task in state.tasks_of(stage) if task.kind == kind and name in task.outputs]
-        return [(task.subject, self._read(task.outputs[name])) for task in tasks]
+        return self._run[task.kind](task, state)
 
     # --- corpus and first weights -----------------------------------------------------------------------------------
 
-    def _build(self, state: State) -> dict[str, Any]:
+    def _build(self, task: Task, state: State) -> dict[str, Any]:
         from corpus.builder import build_corpus
 
         experiment = self._plan.experiment
         self._say("building the corpus")
         manifest = build_corpus(experiment.corpus, experiment.tokenizer, self._store, self._progress())
         manifest.ranges_of("train")
+        if experiment.reshards:
+            manifest.ranges_of("router")
         if experiment.evaluates:
             manifest.ranges_of(experiment.evaluation.split)
         characters = sum(part.characters for part in manifest.ranges)
@@ -96,7 +92,7 @@ class Jobs:
 
         return progress
 
-    def _initialise(self, state: State) -> dict[str, Any]:
+    def _initialise(self, task: Task, state: State) -> dict[str, Any]:
         from model.initial import write_initial_module
 
         experiment, vocab_size = self._plan.experiment, self._plan.vocab_size(state)
@@ -121,69 +117,14 @@ class Jobs:
             modules[module_id] = list(self._store.put_file(path))
         return modules
 
-    # --- sharding ---------------------------------------------------------------------------------------------------
-
-    def _fit(self, state: State) -> dict[str, Any]:
-        from routing.kmeans import fit
-        from routing.records import Features
-
-        parts = [Features.from_bytes(data) for _, data in self._outputs(state, "shard", "FEATURIZE", "features")]
-        ids, z = np.concatenate([part.ids for part in parts]), np.concatenate([part.z for part in parts])
-        experiment = self._plan.experiment
-        clusters = fit(ids, z, experiment.sharding, self._plan.mixture, seed_of(experiment.seed, "router"))
-        self._say(f"router: {experiment.sharding.kind} with {clusters.num_shards} shards on {len(z):,} features")
-        return {"router": list(self._store.put_bytes(clusters.to_bytes()))}
-
-    def _divide(self, state: State) -> dict[str, Any]:
-        from routing.records import Assignments
-        from routing.sharding import check_sizes, divide, manifests, merge, random_shards
-
-        experiment, num_shards = self._plan.experiment, self._plan.mixture.num_shards
-        ids, lengths = self._training_sequences(state)
-        if experiment.sharding.kind == "random":
-            shards = random_shards(ids, num_shards, seed_of(experiment.seed, "random shards"))
-            router = ""
-        else:
-            outputs = self._outputs(state, "shard", "FEATURIZE", "assignments")
-            shards = divide(
-                merge([Assignments.from_bytes(data) for _, data in outputs]), num_shards, experiment.sharding
-            )
-            ref = self._plan.router(state)
-            assert ref is not None
-            router = ref.digest
-        batch_tokens = experiment.inner.batch_rows * experiment.model.sequence_length
-        tokens = check_sizes(shards, ids, lengths, batch_tokens)
-        shares = ", ".join(f"{100 * held / sum(tokens):.1f}" for held in tokens[:16])
-        self._say(f"shards hold {shares}{' ...' if len(tokens) > 16 else ''} % of the tokens")
-        stored = [self._store.put_bytes(m.to_bytes()) for m in manifests(shards, router, experiment.sharding.overlap)]
-        return {
-            "shards": [
-                {"manifest": list(pair), "sequences": len(members), "tokens": held}
-                for pair, members, held in zip(stored, shards, tokens, strict=True)
-            ]
-        }
-
-    def _training_sequences(self, state: State) -> tuple[np.ndarray, np.ndarray]:
-        """Ids and lengths of all training sequences, sorted by id."""
-        from corpus.token_file import TokenFile
-
-        ids, lengths = [], []
-        for part in self._plan.ranges(state, "train"):
-            with TokenFile.open(self._store.path(blob(part["file"]).digest)) as file:
-                ids.append(np.array(file.ids))
-                lengths.append(np.array(file.lengths))
-        order = np.argsort(np.concatenate(ids), kind="stable")
-        return np.concatenate(ids)[order], np.concatenate(lengths)[order]
-
     # --- evaluation -------------------------------------------------------------------------------------------------
 
-    def _summarise(self, state: State) -> dict[str, Any]:
+    def _summarise(self, task: Task, state: State) -> dict[str, Any]:
         from routing.evaluation import LossTable, RouteTable, summarise
         from routing.records import Losses, Routes
 
-        losses = {
-            subject: Losses.from_bytes(data) for subject, data in self._outputs(state, "evaluate", "EVALUATE", "losses")
-        }
+        evaluated = outputs_of(self._store, state, task.stage, "EVALUATE", "losses")
+        losses = {subject: Losses.from_bytes(data) for subject, data in evaluated}
         evaluation = self._plan.experiment.evaluation
         indices = [part["index"] for part in self._plan.ranges(state, evaluation.split) if part["sequences"]]
         tables = {
@@ -195,7 +136,7 @@ class Jobs:
             )
             for model in self._plan.evaluated_models()
         }
-        routed = dict(self._outputs(state, "evaluate", "FEATURIZE", "routes"))
+        routed = dict(outputs_of(self._store, state, task.stage, "FEATURIZE", "routes"))
         routes = self._in_order(routed, indices, Routes.from_bytes)
         table = RouteTable.join(routes) if routes else None
         summary = summarise(tables, MIXTURE, table, evaluation.routes, self._plan.chunk_tokens())

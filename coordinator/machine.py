@@ -94,9 +94,14 @@ class Machine:
         closed = [row.name for row in draft.rows.values() if isinstance(row, Stage) and row.status == "done"]
         over = [task for task in draft.view().tasks.values() if task.stage in closed]
         left = {digest for task in over for digest in digests_in(task)}
+        left |= {digest for row in draft.rows.values() for digest in digests_in(self._replaced(row))}
         return Decision(
             tuple(draft.rows.values()), metrics, (*obsolete, *sorted(left)), tuple(task.task_id for task in over)
         )
+
+    def _replaced(self, row: Row) -> Shard | None:
+        """A shard as it was before it moved on: its inner state or its data may be needed no more."""
+        return self.state.shards.get(row.key) if isinstance(row, Shard) else None
 
     def _advance_once(self, draft: _Draft, wall_s: float) -> bool:
         view = draft.view()
@@ -113,8 +118,8 @@ class Machine:
 
     def _step_is_over(self, view: State, stage: Stage) -> bool:
         if stage.kind in TRAINING:
-            phases = self.plan.num_phases(stage.model)
-            return all(module.version == phases for module in view.modules_of(stage.model))
+            phases = self.plan.phases_of(stage)
+            return all(module.version == phases.stop for module in view.modules_of(stage.model))
         return all(task.status == "done" for task in view.tasks_of(stage.name))
 
     def _next_step(self, draft: _Draft, view: State, stage: Stage, wall_s: float) -> None:
@@ -135,7 +140,7 @@ class Machine:
         spec: Any = self.leases.matching.spec(task)
         if task.kind == "PACK":
             return {"tokens": ExpectedOutput.tokens()}
-        if task.kind == "EVALUATE":
+        if task.kind in ("EVALUATE", "SCORE"):
             return {"losses": ExpectedOutput.record()}
         name = {"sample": "features", "assign": "assignments", "route": "routes"}[spec.mode]
         return {name: ExpectedOutput.record()}
@@ -202,7 +207,7 @@ class Machine:
         draft.put([*settled.rows, done])
         obsolete: tuple[str, ...] = (task.checkpoint.blob.digest,) if task.checkpoint else ()
         if task.kind == "TRAIN":
-            obsolete += self._train_next(draft, stage, task, result)
+            self._train_next(draft, stage, task, result)
         metric = self._metric(task, stage, claim, verdict, wall_s)
         decision = self._advanced(draft, wall_s, (metric,), (*obsolete, *settled.obsolete))
         return replace(decision, notes=settled.notes, disputes=settled.disputes)
@@ -222,14 +227,13 @@ class Machine:
             return Decision()
         return Decision((replace(task, checkpoint=checkpoint),), obsolete=(kept.blob.digest,) if kept else ())
 
-    def _train_next(self, draft: _Draft, stage: Stage, task: Task, result: TaskResult) -> tuple[str, ...]:
-        """The shard moves on: its next task, its new inner state. Returns blobs nothing needs any more."""
+    def _train_next(self, draft: _Draft, stage: Stage, task: Task, result: TaskResult) -> None:
+        """The shard moves on: its next task, its new inner state."""
         shard = self.state.shards[f"{stage.model}/{task.subject}"]
         trained = self.plan.trained(stage, shard, result.outputs.get("inner_state"))
         draft.put([trained])
-        if trained.phase < self.plan.num_phases(stage.model):
+        if trained.phase in self.plan.phases_of(stage):
             draft.put([self.plan.train_task(stage, trained)])
-        return (shard.inner_state.digest,) if shard.inner_state else ()
 
     def _metric(self, task: Task, stage: Stage, claim: Claim, verdict: Verdict, wall_s: float) -> dict[str, Any]:
         metric = {
@@ -256,11 +260,11 @@ class Machine:
 
     def contributions(self, model: str, module_id: str) -> list[tuple[Shard, Task]]:
         """The completed tasks (in shard order) whose contributions the module's next version takes."""
-        stage = next(s for s in self.state.stages.values() if s.model == model and s.kind in TRAINING)
         version = self.state.modules[f"{model}/{module_id}"].version
+        stage = self.plan.stage_of_phase(model, version)
         found = []
         for shard in self.plan.topology(model).shards_of_module(module_id):
-            task = self.state.tasks.get(f"{stage.name}/TRAIN/{version}/{shard}")
+            task = self.state.tasks.get(f"{stage}/TRAIN/{version}/{shard}")
             if task is not None and task.status == "done":
                 found.append((self.state.shards[f"{model}/{shard}"], task))
         return found
@@ -272,15 +276,16 @@ class Machine:
             if stage.kind not in TRAINING or stage.status != "running":
                 continue
             for module in self.state.modules_of(stage.model):
-                step = self._step_due(stage.model, module)
+                step = self._step_due(stage, module)
                 if step is not None:
                     due.append(step)
         return due
 
-    def _step_due(self, model: str, module: Module) -> StepDue | None:
+    def _step_due(self, stage: Stage, module: Module) -> StepDue | None:
+        model = stage.model
         shards = self.plan.topology(model).shards_of_module(module.module_id)
         found = self.contributions(model, module.module_id)
-        if len(found) < len(shards) or module.version >= self.plan.num_phases(model):
+        if len(found) < len(shards) or module.version not in self.plan.phases_of(stage):
             return None
         weights = self.plan.contribution_weights(self.state, model, module.module_id)
         taken = tuple((s.shard, weights[s.shard], task.outputs[module.module_id]) for s, task in found)
@@ -305,14 +310,14 @@ class Machine:
 
     def _consumed_tasks(self, due: StepDue, stepped: Module) -> list[str]:
         """TRAIN tasks all of whose modules have stepped: the journal alone keeps them from now on."""
-        stage = next(s for s in self.state.stages.values() if s.model == due.model and s.kind in TRAINING)
+        stage = self.plan.stage_of_phase(due.model, due.module.version)
         topology = self.plan.topology(due.model)
         consumed = []
         for shard, _, _ in due.contributions:
             modules = topology.modules_of_path(topology.path_of_shard(shard))
             others = [self.state.modules[f"{due.model}/{m}"] for m in modules if m != stepped.module_id]
             if all(module.version >= stepped.version for module in others):
-                consumed.append(f"{stage.name}/TRAIN/{due.module.version}/{shard}")
+                consumed.append(f"{stage}/TRAIN/{due.module.version}/{shard}")
         return consumed
 
     # --- the coordinator's own tasks --------------------------------------------------------------------------------

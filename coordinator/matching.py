@@ -15,7 +15,7 @@ from coordinator.state import Stage, State, Task, Worker
 from protocol.tasks import Message
 
 MAX_HOLDERS = 2
-NUMERIC_KINDS = ("FEATURIZE", "TRAIN", "EVALUATE")
+NUMERIC_KINDS = ("FEATURIZE", "TRAIN", "EVALUATE", "SCORE")
 # A backup copy is worth it where the holder needs so many times longer for the rest than another for the whole.
 BACKUP_FACTOR = 1.5
 
@@ -142,14 +142,16 @@ class Matching:
         return stage.kind in TRAINING and any(shard.phase for shard in self._state.shards_of(stage.model))
 
     def _preference(self, task: Task, worker: Worker, cached: frozenset[str], now: float) -> tuple[Any, ...]:
-        """Earlier phases first, what this worker has not failed at, overdue tasks, then what it has the inner state of.
+        """Earlier phases first, what this worker has not failed at, overdue tasks, then what it has the blobs of.
 
         A copy of a task that is only slow comes after everything else.
         """
         failed_here = any(reason.startswith(f"{worker.name}: ") for reason in task.failures)
         shard = self._state.shards.get(f"{self._state.stages[task.stage].model}/{task.subject}")
         inner_state = shard.inner_state if shard and task.kind == "TRAIN" else None
-        misses = inner_state is not None and inner_state.digest not in cached
+        misses = int(inner_state is not None and inner_state.digest not in cached)
+        if task.kind in ("SCORE", "EVALUATE"):
+            misses = sum(module["blob"]["digest"] not in cached for module in task.spec["path"]["modules"])
         overdue = bool(task.holders) and self._liveness.is_overdue(task, now)
         only_slow = bool(task.holders) and not overdue
         return only_slow, task.phase, not task.claims, failed_here, not overdue, self._stage_order[task.stage], misses

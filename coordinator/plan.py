@@ -11,7 +11,8 @@ from functools import cached_property
 from typing import Any
 
 from configs.routes import chunk_tokens, router_intervals
-from configs.schema import Config, OuterConfig
+from configs.schema import Config, Experiment, OuterConfig
+from configs.stages import ReshardStage, TrainStage
 from coordinator.memory import train_bytes
 from coordinator.outer import contribution_weights
 from coordinator.state import Shard, Stage, State, Task
@@ -29,6 +30,9 @@ from protocol.tasks import (
 
 BASE, MIXTURE = "base", "mixture"
 TRAINING = ("pretrain", "train", "baseline")
+SHARDING = ("shard", "reshard")
+# The coordinator's own tasks whose result has a router.
+FITTING = ("FIT", "GATE")
 
 
 def seed_of(*parts: object) -> int:
@@ -42,6 +46,26 @@ def blob(pair: Any) -> BlobRef:
     return BlobRef(digest=pair[0], size=pair[1])
 
 
+def _named(experiment: Experiment) -> list[tuple[str, TrainStage | ReshardStage]]:
+    """The stages that train the mixture or re-shard it, with their names: later ones of a kind are numbered."""
+    stages = [stage for stage in experiment.stages if isinstance(stage, TrainStage | ReshardStage)]
+    kinds = [stage.kind for stage in stages]
+    counts = [kinds[: index + 1].count(kind) for index, kind in enumerate(kinds)]
+    names = [kind if count == 1 else f"{kind}-{count}" for kind, count in zip(kinds, counts, strict=True)]
+    return list(zip(names, stages, strict=True))
+
+
+def _phases(named: list[tuple[str, TrainStage | ReshardStage]]) -> dict[str, range]:
+    """The phases of every train stage, by its name."""
+    phases: dict[str, range] = {}
+    first = 0
+    for name, stage in named:
+        if isinstance(stage, TrainStage):
+            phases[name] = range(first, first + stage.phases)
+            first += stage.phases
+    return phases
+
+
 class Plan:
     """Everything that follows from the configuration alone, and the tasks that follow from it and the state."""
 
@@ -51,6 +75,8 @@ class Plan:
         self.mixture = Topology.from_config(config.experiment.topology)
         self.dense = self.mixture.dense()
         self.outer_of_baseline = {baseline.name: baseline.outer for baseline in config.experiment.baselines}
+        self._of_mixture = _named(config.experiment)
+        self._phases = _phases(self._of_mixture)
 
     # --- models -----------------------------------------------------------------------------------------------------
 
@@ -78,6 +104,22 @@ class Plan:
         if model == BASE:
             return pretrain.inner_steps if pretrain else 0
         return self.experiment.inner_steps
+
+    def phases_of(self, stage: Stage) -> range:
+        """The phases that a training stage takes its modules through; those of the mixture go on over re-shards."""
+        return self._phases.get(stage.name, range(self.num_phases(stage.model)))
+
+    def stage_of_phase(self, model: str, phase: int) -> str:
+        """The name of the training stage in which a model takes a phase (beyond the last: its last)."""
+        if model != MIXTURE:
+            return "pretrain" if model == BASE else model
+        return next((name for name, phases in self._phases.items() if phase in phases), [*self._phases][-1])
+
+    def reshard(self, stage: Stage) -> ReshardStage:
+        """What is configured for a reshard stage."""
+        found = dict(self._of_mixture)[stage.name]
+        assert isinstance(found, ReshardStage), f"{stage.name} is no reshard stage"
+        return found
 
     def first_step(self, model: str) -> int:
         """The path's step counter when its model starts: the learning rate goes on where the base left it."""
@@ -107,8 +149,11 @@ class Plan:
         kinds = {stage.kind for stage in experiment.stages}
         if "shard" in kinds:
             rows.append(Stage("shard", "shard", MIXTURE, (trained,)))
+        before = "shard"
+        for name, each in self._of_mixture:
+            rows.append(Stage(name, each.kind, MIXTURE, (before,)))
+            before = name
         if experiment.trains:
-            rows.append(Stage("train", "train", MIXTURE, ("shard",)))
             rows += [Stage(line.name, "baseline", line.name, (trained,)) for line in experiment.baselines]
         if "evaluate" in kinds:
             rows.append(Stage("evaluate", "evaluate", "", tuple(row.name for row in rows)))
@@ -135,12 +180,15 @@ class Plan:
         return [part for part in state.stages["corpus"].result["ranges"] if part["split"] == split]
 
     def router(self, state: State) -> BlobRef | None:
-        """The frozen router of the run, where it has one."""
-        if state.stages["shard"].status == "done":
-            frozen = state.stages["shard"].result.get("router")
-            return blob(frozen) if frozen else None
-        fitted = [task for task in state.tasks_of("shard") if task.kind == "FIT" and task.status == "done"]
-        return blob(fitted[-1].result["router"]) if fitted else None
+        """The frozen router by which the shards are as they are, where the run has one."""
+        done = [stage for stage in state.stages.values() if stage.kind in SHARDING and stage.status == "done"]
+        frozen = [stage.result["router"] for stage in done if stage.result.get("router")]
+        return blob(frozen[-1]) if frozen else None
+
+    def fitted(self, state: State, stage: Stage) -> BlobRef | None:
+        """The router that a stage which still divides has fitted, if it fits one."""
+        fits = [task for task in state.tasks_of(stage.name) if task.kind in FITTING and task.status == "done"]
+        return blob(fits[-1].result["router"]) if fits else None
 
     def base_path(self, state: State) -> PathRef:
         return self.path_ref(state, BASE, 0)
@@ -191,7 +239,7 @@ class Plan:
             steps=inner_steps,
             total_steps=experiment.total_steps,
             shard_step=shard.steps_done,
-            order_seed=self.order_seed(model, shard.shard),
+            order_seed=self.order_seed(model, shard.shard, task.phase),
             outer=self.outer(model).kind,
             numerics=self.numerics,
             resume=None if task.independent else task.checkpoint,
@@ -206,10 +254,12 @@ class Plan:
             ),
         )
 
-    def order_seed(self, model: str, shard: int) -> int:
-        """Of the order of a shard's rows. Base and baselines share a shard, and so its order."""
+    def order_seed(self, model: str, shard: int, phase: int) -> int:
+        """Of the order of a shard's rows, of its own after every re-shard. Base and baselines share one of all data."""
         divided = model == MIXTURE and self.experiment.sharding.kind != "all"
-        return seed_of(self.experiment.seed, "order", MIXTURE if divided else "all", shard)
+        renewed = [*self._phases].index(self.stage_of_phase(model, phase)) if divided else 0
+        generation = (renewed,) if renewed else ()
+        return seed_of(self.experiment.seed, "order", MIXTURE if divided else "all", shard, *generation)
 
     def trained(self, stage: Stage, shard: Shard, inner_state: BlobRef | None) -> Shard:
         """The shard after one more task."""

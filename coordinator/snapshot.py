@@ -114,8 +114,6 @@ class RunSnapshot:
     @property
     def router_path(self) -> Path | None:
         """The frozen router, where the run has one."""
-        if "shard" not in self.state.stages:
-            return None
         router = self.plan.router(self.state)
         return None if router is None else self.store.path(router.digest)
 

@@ -110,7 +110,7 @@ def _stage(plan: Plan, state: State, tally: Tally, stage: Stage) -> dict[str, An
 
 
 def _steps_of(plan: Plan, stage: Stage) -> int:
-    return plan.num_phases(stage.model) * plan.inner_steps(stage.model) * plan.topology(stage.model).num_shards
+    return len(plan.phases_of(stage)) * plan.inner_steps(stage.model) * plan.topology(stage.model).num_shards
 
 
 def _worker(plan: Plan, state: State, worker: Worker, now: float) -> dict[str, Any]:

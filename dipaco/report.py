@@ -2,7 +2,8 @@
 
 Keys: `run`; `perplexity` and `bits_per_byte` {dense, other baselines, dipaco: {route (configs.routes):
 number}} on the held-out `split`, the prefix of every sequence left out; `per_domain` {domain: the shape of
-perplexity}; `path_load` {route: {path: share of tokens}}; `oracle_agreement`; `tokens` {trained, evaluated};
+perplexity}; `path_load` {route: {path: share of tokens}}; `oracle_agreement`; `sharding` {stage: {token_shares
+{path: share}, and of a re-shard label_shares, gater_shares, agreement, ...}}; `tokens` {trained, evaluated};
 `wire_bytes` {modules, outer_gradients, inner_state, checkpoints, other}; `stages` {name: seconds} (they may overlap);
 `wall_s`, `peak_rss_mb` (all processes of `dipaco run` together, proportional) and `workers`; `digest` of all weights;
 `config_digest`; `hardware`. What a run has not measured is an empty mapping, a number that is none is null.
@@ -14,6 +15,7 @@ import json
 from typing import Any
 
 from configs.load import experiment_digest
+from coordinator.plan import SHARDING
 from coordinator.snapshot import RunSnapshot
 from dipaco.asking import plain
 from dipaco.curves import MissingExtra, draw, loss_curves
@@ -36,6 +38,7 @@ def build_report(snapshot: RunSnapshot) -> dict[str, Any]:
         {
             "run": snapshot.config.name,
             **measured,
+            "sharding": sharding_of(snapshot),
             "tokens": {"trained": status["tokens"], **measured["tokens"]},
             "wire_bytes": status["bytes"],
             "stages": {stage["name"]: round(stage["seconds"], 1) for stage in status["stages"]},
@@ -49,6 +52,20 @@ def build_report(snapshot: RunSnapshot) -> dict[str, Any]:
             "hardware": hardware(),
         }
     )
+
+
+def sharding_of(snapshot: RunSnapshot) -> dict[str, dict[str, Any]]:
+    """Of every stage that divided the training sequences: the share of tokens of each path, and the gater's numbers."""
+    topology, found = snapshot.topology, {}
+    for stage in snapshot.state.stages.values():
+        if stage.kind in SHARDING and stage.result.get("shards"):
+            shares: dict[str, float] = {}
+            total = sum(entry["tokens"] for entry in stage.result["shards"])
+            for shard, entry in enumerate(stage.result["shards"]):
+                path_id = topology.path_id(topology.path_of_shard(shard))
+                shares[path_id] = shares.get(path_id, 0.0) + entry["tokens"] / total
+            found[stage.name] = {"token_shares": shares, **stage.result.get("gater", {})}
+    return found
 
 
 def _nothing_measured() -> dict[str, Any]:

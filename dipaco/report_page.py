@@ -40,6 +40,13 @@ def page(report: dict[str, Any], curves_png: bytes | None) -> str:
             for path in report["path_load"][routes[0]]
         ]
         parts += ["<h2>Share of the held-out tokens by path and route</h2>", _table(("path", *routes), loads)]
+    if report["sharding"]:
+        stages = list(report["sharding"])
+        shares = [
+            (path, *(f"{report['sharding'][stage]['token_shares'][path]:.1%}" for stage in stages))
+            for path in report["sharding"][stages[0]]["token_shares"]
+        ]
+        parts += ["<h2>Share of the training tokens by path and stage</h2>", _table(("path", *stages), shares)]
     parts += ["<h2>Cost</h2>", _table(("", ""), _costs(report))]
     parts += ["<h2>Identity</h2>", _table(("", ""), _identity(report)), "</html>"]
     return "\n".join(parts) + "\n"

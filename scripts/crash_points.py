@@ -54,8 +54,11 @@ class CrashRunFailed(RuntimeError):
     """A run that did not come to its end."""
 
 
-def small_config(folder: Path, documents: int = 24) -> Config:
-    """All stages but evaluation, two paths that share a module, two phases; its documents are written to `folder`."""
+def small_config(folder: Path, documents: int = 24, *, reshard: bool = False) -> Config:
+    """All stages but evaluation, two paths that share a module, two phases; its documents are written to `folder`.
+
+    `reshard`: with a re-shard between the phases, and documents that it scores.
+    """
     words = (
         "onion butter salt pan stir heat",
         "return self value index range size",
@@ -67,11 +70,13 @@ def small_config(folder: Path, documents: int = 24) -> Config:
         for kind in words
     ]
     (folder / "documents.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    train = {"kind": "train", "phases": 1, "inner_steps": 2}
+    trained = [train, {"kind": "reshard"}, train] if reshard else [{**train, "phases": 2}]
     experiment = {
         "seed": 3,
         "corpus": {
             "source": {"kind": "files", "paths": [str(folder / "documents.jsonl")]},
-            "splits": {"router": 0.0, "stop": 0.0, "validation": 0.0, "test": 0.0},
+            "splits": {"router": 0.3 if reshard else 0.0, "stop": 0.0, "validation": 0.0, "test": 0.0},
             "min_document_characters": 50,
             "deduplicate": False,
         },
@@ -86,11 +91,7 @@ def small_config(folder: Path, documents: int = 24) -> Config:
         "sharding": {"kind": "kmeans", "prefix_tokens": 8},
         "inner": {"learning_rate": 1e-2, "warmup_steps": 2, "batch_rows": 2},
         "outer": {"kind": "nesterov"},
-        "stages": [
-            {"kind": "pretrain", "steps": 2, "inner_steps": 2},
-            {"kind": "shard"},
-            {"kind": "train", "phases": 2, "inner_steps": 2},
-        ],
+        "stages": [{"kind": "pretrain", "steps": 2, "inner_steps": 2}, {"kind": "shard"}, *trained],
     }
     execution = {"heartbeat_s": 0.5, "lease_s": 4.0, "keep_versions": 1}
     return Config.model_validate({"name": "crash-points", "experiment": experiment, "execution": execution})

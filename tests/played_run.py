@@ -24,9 +24,9 @@ from worker.task import inputs, run_task, upload_header
 LONG_S = 60.0
 
 
-def config_of(folder: Path, **execution: Any) -> Config:
+def config_of(folder: Path, *, reshard: bool = False, **execution: Any) -> Config:
     """The run of scripts/crash_points.py, with leases that outlast a slow machine: nobody sends heartbeats here."""
-    config = small_config(folder)
+    config = small_config(folder, reshard=reshard)
     changed = config.execution.model_copy(update={"lease_s": 600.0, **execution})
     return config.model_copy(update={"execution": changed})
 

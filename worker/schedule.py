@@ -14,7 +14,7 @@ def learning_rate(inner: InnerConfig, step: int, total_steps: int, fork_step: in
     """The rate of the step with counter `step` (from 0) of `total_steps`.
 
     Step 0 already takes 1 / warmup_steps of the rate; the cosine ends at final_learning_rate_ratio when the counter
-    reaches `total_steps` and stays there. `fork_step`: the counter at the path's fork, where rewarming begins.
+    reaches `total_steps` and stays there. `fork_step`: the counter where the path got its data (fork, re-shard), where rewarming begins.
     """
     if step < inner.warmup_steps:
         rate = inner.learning_rate * (step + 1) / inner.warmup_steps

@@ -32,7 +32,7 @@ from worker.inner_optimizer import InnerOptimizer, NonFiniteStep
 from worker.numerics import Compute, applied
 from worker.outcome import HandedBack, Progress, TaskOutcome, no_progress
 from worker.schedule import learning_rate
-from worker.task_path import BASE, path_for_task, topology_of
+from worker.task_path import BASE, MIXTURE, path_for_task, topology_of
 
 INNER_STATE = "inner_state"
 
@@ -102,8 +102,7 @@ class Trainer:
         if compute.compile:
             for block in path.model.layers:  # one by one: they share what is compiled, and packing stays outside
                 block.compile()
-        pretrain = experiment.pretrain
-        self._fork_step = (pretrain.steps if pretrain else 0) if spec.path.model != BASE else None
+        self._fork_step = _renewed_at(spec, experiment) if spec.path.model != BASE else None
 
     def resume(self, checkpoint: Checkpoint, path: Path) -> Tally:
         """Become what an earlier holder was after its steps; raises TensorMismatch where it is another model's."""
@@ -206,6 +205,15 @@ class Trainer:
             f"(shard {spec.shard}, phase {spec.phase}, step {step}): lower inner.learning_rate "
             f"({inner.learning_rate}), raise inner.warmup_steps ({inner.warmup_steps}) or set model.qk_norm"
         )
+
+
+def _renewed_at(spec: TrainSpec, experiment: Experiment) -> int:
+    """The path's step at which its data changed last, and its learning rate warms up again: its fork, or a re-shard.
+
+    Only the mixture is ever given other data after the fork.
+    """
+    phases = experiment.first_phase(spec.phase) if spec.path.model == MIXTURE else 0
+    return spec.first_step - (spec.phase - phases) * spec.steps
 
 
 def _write_outputs(

@@ -53,7 +53,8 @@ def changed(key: str, value: Any) -> str:
         (
             "experiment/stages/0/kind",
             "pretrian",
-            "experiment.stages[0].kind is \"pretrian\", expected one of 'pretrain', 'shard', 'train', 'reshard', 'evaluate'",
+            "experiment.stages[0].kind is \"pretrian\", expected one of 'pretrain', 'shard', 'train', 'reshard', "
+            "'evaluate'",
         ),
         (
             "experiment/topology/levels/0/modules",
@@ -123,6 +124,10 @@ def test_a_misspelt_key_is_named_rather_than_the_one_it_leaves_missing() -> None
         ("experiment/outer", {"average": "trimmed_mean", "trim_share": 0.5}, r"trim_share is 0\.5"),
         ("experiment/baselines/0/outer/average", "median", r"'median' is for kind 'nesterov'; 'assign' takes one"),
         ("experiment/baselines/1/outer/average", "median", r"'dense-nesterov' has one contribution; .* must be mean"),
+        ("experiment/inner/optimizer", "lion", r"inner\.optimizer is \"lion\", expected one of 'adamw' or 'muon'"),
+        ("experiment/inner/muon", {"momentum": 0.9}, r"inner\.muon is for optimizer 'muon', .* is 'adamw'"),
+        ("experiment/inner/muon", {"momentum": 1.0}, r"inner\.muon\.momentum is 1\.0, expected a value below 1"),
+        ("experiment/inner/muon", {"newton_schulz_steps": 0}, r"newton_schulz_steps is 0, expected a value above 0"),
         ("execution/audit_share", 1.5, r"audit_share is 1\.5"),
         ("execution/quarantine_factor", 1.0, r"quarantine_factor is 1\.0"),
     ],

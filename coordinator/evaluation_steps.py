@@ -1,0 +1,63 @@
+"""The steps of `evaluate`: routes of the held-out split, losses under every path of every model, a summary. Pure."""
+
+from __future__ import annotations
+
+from coordinator.memory import evaluate_bytes
+from coordinator.plan import MIXTURE, Plan, blob
+from coordinator.stage_tasks import featurize_tasks, stage_task
+from coordinator.state import Stage, State, Task
+from protocol.tasks import EvaluateSpec
+
+
+class EvaluationSteps:
+    """The tasks of the stage that measures."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan, self._experiment = plan, plan.experiment
+        self.evaluate = (self._route, self._evaluate, self._summarise)
+
+    def _route(self, state: State, stage: Stage) -> list[Task]:
+        router = self._plan.router(state) if MIXTURE in self._plan.evaluated_models() else None
+        if router is None:
+            return []
+        evaluation = self._experiment.evaluation
+        return featurize_tasks(
+            self._plan,
+            state,
+            stage.name,
+            "route",
+            evaluation.split,
+            router=router,
+            intervals=self._plan.intervals(),
+            max_sequences=evaluation.max_sequences,
+        )
+
+    def _evaluate(self, state: State, stage: Stage) -> list[Task]:
+        evaluation = self._experiment.evaluation
+        tokenizer = blob(state.stages["corpus"].result["tokenizer"])
+        return [
+            stage_task(
+                stage.name,
+                "EVALUATE",
+                f"{model}-{path_index}-{part['index']}",
+                EvaluateSpec(
+                    path=self._plan.path_ref(state, model, path_index),
+                    tokens=blob(part["file"]),
+                    tokenizer=tokenizer,
+                    prefix_tokens=self._experiment.sharding.prefix_tokens,
+                    chunk_tokens=self._plan.chunk_tokens(),
+                    numerics=self._plan.numerics,
+                    max_sequences=evaluation.max_sequences,
+                    required_bytes=evaluate_bytes(
+                        self._experiment.model, self._plan.vocab_size(state), device=self._plan.numerics.device
+                    ),
+                ),
+            )
+            for model in self._plan.evaluated_models()
+            for path_index in range(self._plan.topology(model).num_paths)
+            for part in self._plan.ranges(state, evaluation.split)
+            if part["sequences"]
+        ]
+
+    def _summarise(self, state: State, stage: Stage) -> list[Task]:
+        return [stage_task(stage.name, "SUMMARISE", "report")]
