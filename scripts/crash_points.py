@@ -196,9 +196,9 @@ class Outcome:
 class CrashPoints:
     """The recorded run and the killed ones, in `folder`."""
 
-    def __init__(self, folder: Path, coordinators: Coordinators) -> None:
+    def __init__(self, folder: Path, coordinators: Coordinators, *, reshard: bool = False) -> None:
         self._folder, self._coordinators = folder, coordinators
-        config = small_config(folder)
+        config = small_config(folder, reshard=reshard)
         (folder / "config.json").write_text(config.model_dump_json(), encoding="utf-8")
         self.effects: list[str] = []
         self.digest = ""
@@ -281,11 +281,11 @@ def check_same_run(folder: Path, digest: str) -> None:
     kept.write_text(digest, encoding="utf-8")
 
 
-def carry_out(folder: Path, every: int, say: Callable[[str], None]) -> dict[str, Any]:
+def carry_out(folder: Path, every: int, reshard: bool, say: Callable[[str], None]) -> dict[str, Any]:
     """All chosen points that have no result yet; a summary of them all."""
     coordinators = Coordinators()
     try:
-        crash_points = CrashPoints(folder, coordinators)
+        crash_points = CrashPoints(folder, coordinators, reshard=reshard)
         crash_points.record()
         check_same_run(folder, crash_points.digest)
         unsynced = [effect for effect in crash_points.effects if effect.endswith(" UNSYNCED")]
@@ -325,13 +325,16 @@ def _summary(crash_points: CrashPoints, outcomes: list[dict[str, Any]], unsynced
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--every", type=int, default=1, metavar="N", help="only every N-th point")
+    parser.add_argument("--reshard", action="store_true", help="a run with a re-shard between its phases")
     parser.add_argument("--dir", type=Path, help="keep runs and results here, and go on with those that are there")
     parser.add_argument("--json", action="store_true", help="print the summary as JSON, progress to standard error")
     arguments = parser.parse_args()
     folder = (arguments.dir or Path(tempfile.mkdtemp(prefix="dipaco-crash-points-"))).resolve()
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        summary = carry_out(folder, arguments.every, lambda line: print(line, file=sys.stderr, flush=True))
+        summary = carry_out(
+            folder, arguments.every, arguments.reshard, lambda line: print(line, file=sys.stderr, flush=True)
+        )
     except CrashRunFailed as failure:
         print(failure, file=sys.stderr)
         return 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -39,6 +40,21 @@ def test_a_kill_changes_no_bit(part: int, recorded: CrashPoints) -> None:
     outcome = recorded.kill_at(Point(number, "after" if part % 2 else "before"))
     assert outcome.effect, "the run ended before it came to that effect"
     assert (outcome.digest, outcome.error) == (recorded.digest, "")
+
+
+def test_a_kill_in_a_reshard_changes_no_bit(tmp_path: Path) -> None:
+    """Before, amidst and after what the coordinator itself stores on the way to new shards."""
+    coordinators = Coordinators()
+    try:
+        crash_points = CrashPoints(tmp_path, coordinators, reshard=True)
+        crash_points.record()
+        effects = enumerate(crash_points.effects, start=1)
+        own = [number for number, effect in effects if re.match("rename RUN/blobs/scratch/[^/]*/blob", effect)]
+        for number in own[-4:-1]:  # what is to be scored, the gater, the first new shard
+            outcome = crash_points.kill_at(Point(number, "before"))
+            assert (outcome.digest, outcome.error) == (crash_points.digest, "")
+    finally:
+        coordinators.close()
 
 
 def test_outputs_between_store_and_transaction_are_not_done_again(recorded: CrashPoints) -> None:
