@@ -1,26 +1,25 @@
-"""Gives memory that is free back to the system.
+"""Keeps a coordinator from growing by what it has freed: glibc, as it is set, holds on to the room of large messages.
 
-glibc keeps pages that lie between what is in use; after many large messages they add up, whatever was freed.
+Every thread allocates from an arena of its own, and once a large buffer was freed, later ones of its size come from an
+arena, too, where a small neighbour that lives on keeps their pages. With few arenas and a fixed threshold a large
+buffer is a mapping of its own, and leaves with its last use (mallopt(3)).
 """
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import ctypes
 
-PERIOD_S = 30.0
+ARENAS = 2
+LARGE_BYTES = 128 * 1024
+# Of malloc.h.
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8
 
 
-def give_back() -> bool:
-    """Return free pages, by malloc_trim(3); False where the C library has none."""
+def give_back_large_buffers() -> bool:
+    """Set it for this process, before it has threads; False where the C library knows none of it."""
+    settings = ((_ARENA_MAX, ARENAS), (_MMAP_THRESHOLD, LARGE_BYTES), (_TRIM_THRESHOLD, LARGE_BYTES))
     with contextlib.suppress(AttributeError, OSError, TypeError):
-        ctypes.CDLL(None).malloc_trim(0)
-        return True
+        library = ctypes.CDLL(None)
+        return sum(library.mallopt(parameter, value) for parameter, value in settings) == len(settings)
     return False
-
-
-async def keep_giving_back() -> None:
-    """Now and then for ever, off the event loop."""
-    while await asyncio.to_thread(give_back):
-        await asyncio.sleep(PERIOD_S)

@@ -13,7 +13,7 @@ from typing import Any
 
 from configs.load import NUMERICS_VERSION, resume_difference, to_yaml
 from configs.schema import Config
-from coordinator.allocator import keep_giving_back
+from coordinator.allocator import give_back_large_buffers
 from coordinator.coordinator import Coordinator
 from coordinator.events import EventLog
 from coordinator.journal import UNFINISHED_BACKUP, Journal, RunLock, RunUnusable
@@ -79,6 +79,7 @@ def serve(
     `verify`: first read all blobs of a run that goes on, and hold them against their digests. `ready` is told the
     address once workers can connect. Raises RunUnusable, RunPaused, NotAllowed, OSError.
     """
+    give_back_large_buffers()
     security = load_security(run_dir, require_certificates=config.execution.require_worker_certificates)
     check_listen(listen, security, insecure)  # before anything of the run is written
     if security is not None:
@@ -125,7 +126,7 @@ async def serve_until(
     coordinator = Coordinator(config, run_dir, say)
     log = EventLog(run_dir, config.execution.log_bytes, config.execution.log_files)
     recording = Recording(coordinator, log)
-    beside = [asyncio.create_task(keep_giving_back())]
+    watching: asyncio.Task[None] | None = None
     try:
         coordinator.open(verify=verify, torn_event=log.torn)
         server = await start_server(
@@ -135,7 +136,7 @@ async def serve_until(
             insecure=insecure,
             chunk_bytes=config.execution.chunk_bytes,
         )
-        beside.append(asyncio.create_task(recording.watch()))
+        watching = asyncio.create_task(recording.watch())
         try:
             (run_dir / "address").write_text(f"{server.address}\n", encoding="utf-8")
             ready(str(server.address))
@@ -143,9 +144,9 @@ async def serve_until(
         finally:
             await server.stop()
     finally:
-        for task in beside:
-            task.cancel()
-        await asyncio.gather(*beside, return_exceptions=True)
+        if watching is not None:
+            watching.cancel()
+            await asyncio.gather(watching, return_exceptions=True)
         await coordinator.close()
         log.close()
     if coordinator.paused:
