@@ -91,6 +91,7 @@ class Claims:
         """A pause, where the results of two workers differ and for long no other came that is `able` to decide."""
         waiting = [t for t in self._state.tasks.values() if differ(t.claims) and not self._is_awaited(t, able)]
         self._undecided_since_s = {t.task_id: self._undecided_since_s.get(t.task_id, now) for t in waiting}
+        self._alone_since_s = {key: since for key, since in self._alone_since_s.items() if key in self._state.tasks}
         patience_s = UNDECIDED_LEASES * self._execution.lease_s
         late = [task for task in waiting if now - self._undecided_since_s[task.task_id] >= patience_s]
         if not late or self._state.standing.paused:
