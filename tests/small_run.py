@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
+from configs.schema import Config
 from coordinator.serving import serve_until, write_config
 from dipaco.run_digest import run_digest
 from protocol.address import parse_address
@@ -20,14 +21,14 @@ PATIENCE_S = 120.0
 
 
 class SmallRun:
-    """The run of scripts/crash_points.py in `folder`."""
+    """The run of scripts/crash_points.py, or of another configuration, in `folder`."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, config: Config | None = None) -> None:
         folder.mkdir(exist_ok=True)
         self.folder = folder
         self.run_dir = folder / "run"
         self.run_dir.mkdir()
-        self._config = small_config(folder)
+        self._config = config or small_config(folder)
         write_config(self._config, self.run_dir)
         self._ready = threading.Event()
         self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()), daemon=True)

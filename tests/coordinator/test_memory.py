@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from configs.schema import ModelConfig
+from configs.schema import InnerConfig, ModelConfig
 from coordinator.memory import evaluate_bytes, featurize_bytes, train_bytes
 
 MODEL = ModelConfig(blocks=4, hidden_size=64, heads=4, intermediate_size=192, sequence_length=256)
@@ -17,6 +17,13 @@ def test_training_holds_parameters_gradients_both_moments_and_the_start() -> Non
     block = 4 * 1024 * 1024 + 3 * 1024 * 4096 + 2 * 1024
     added = train_bytes(deeper, 1024, rows=1, dtype="float32") - train_bytes(wide, 1024, rows=1, dtype="float32")
     assert 5 * 4 * block < added < 8 * 4 * block
+
+
+def test_muon_spares_one_moment_of_the_matrices_and_works_on_one_of_them() -> None:
+    deep = MODEL.model_copy(update={"blocks": 16})
+    attention, mlp = 4 * 64 * 64, 3 * 64 * 192
+    muon = train_bytes(deep, 1024, rows=1, inner=InnerConfig.model_validate({"optimizer": "muon"}))
+    assert train_bytes(deep, 1024, rows=1) - muon == 4 * (16 * (attention + mlp) - 6 * 64 * 192)
 
 
 def test_training_grows_by_the_activations_of_each_row() -> None:

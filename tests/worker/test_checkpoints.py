@@ -12,12 +12,15 @@ import numpy as np
 import pytest
 
 from model import tensor_file
+from model.inner_state import checkpoint_tensors
+from model.layout import path_tensors
 from model.store import file_digest
 from protocol.errors import Unavailable
 from protocol.tasks import Checkpoint, TrainSpec
 from worker.checkpoints import Checkpoints, Snapshot
 from worker.outcome import HandedBack, TaskOutcome, no_progress
 from worker.pace import Pace
+from worker.task_path import topology_of
 from worker.train import run_train
 
 if TYPE_CHECKING:
@@ -63,9 +66,19 @@ def train(run: TinyRun, spec: TrainSpec, name: str, checkpoints: Checkpoints | N
     return run_train(spec, run.experiment, run.vocab_size, *files, no_progress, checkpoints)
 
 
-@pytest.mark.parametrize("outer", ["assign", "nesterov"])
-def test_any_checkpoint_leads_to_the_same_bits(make_run: MakeRun, outer: str) -> None:
-    run = make_run()
+@pytest.mark.parametrize(
+    ("optimizer", "inner_state", "outer"),
+    [
+        ("adamw", "keep", "assign"),
+        ("adamw", "keep", "nesterov"),
+        ("muon", "keep", "nesterov"),
+        ("muon", "reset", "assign"),
+    ],
+)
+def test_any_checkpoint_leads_to_the_same_bits(make_run: MakeRun, optimizer: str, inner_state: str, outer: str) -> None:
+    run = make_run(inner={"optimizer": optimizer, "inner_state": inner_state})
+    path_specs = path_tensors(run.experiment.model, run.vocab_size, topology_of(run.experiment, "base"))
+    expected = {tensor.name: tensor.shape for tensor in checkpoint_tensors(run.experiment.inner, path_specs)}
     spec = run.train_spec(run.add_modules("mixture", path_index=1), steps=6, outer=outer)
     whole = train(run, spec, "whole")
     kept = Kept(run.root / "kept")
@@ -74,6 +87,7 @@ def test_any_checkpoint_leads_to_the_same_bits(make_run: MakeRun, outer: str) ->
     assert [checkpoint.steps for checkpoint, _ in kept.all] == [1, 2, 3, 4, 5]
     for checkpoint, path in kept.all:
         assert file_digest(path) == (checkpoint.blob.digest, checkpoint.blob.size)
+        assert tensor_file.shapes(path) == expected
         resumed = spec.model_copy(update={"resume": checkpoint})
         name = f"from-{checkpoint.steps}"
         rest = train(run, resumed, name, Checkpoints(kept.send, None, run.root, print, resume_path=path))

@@ -36,9 +36,9 @@ def flat(outcome: TaskOutcome, names: tuple[str, ...]) -> np.ndarray:
     return np.concatenate(parts)
 
 
-@pytest.mark.parametrize("outer", ["assign", "nesterov"])
-def test_continues_exactly_from_module_and_inner_state(make_run: MakeRun, outer: str) -> None:
-    run = make_run()
+@pytest.mark.parametrize(("optimizer", "outer"), [("adamw", "assign"), ("adamw", "nesterov"), ("muon", "assign")])
+def test_continues_exactly_from_module_and_inner_state(make_run: MakeRun, optimizer: str, outer: str) -> None:
+    run = make_run(inner={"optimizer": optimizer})
     path = run.add_modules("base")
     whole = train(run, run.train_spec(path, steps=8, outer="assign"), "whole")
     first = train(run, run.train_spec(path, steps=4, outer="assign"), "first")
