@@ -28,7 +28,7 @@ MAY_IMPORT = {
     "dipaco": {"configs", "protocol", "corpus", "model", "routing", "coordinator", "worker", "inference"},
 }
 MAY_USE_GRPC = {"service.py", "server.py", "client.py"}
-TORCH_FREE = ["configs", "protocol", "model.topology", "model.layout", "corpus"]
+TORCH_FREE = ["configs", "protocol", "model.topology", "model.layout", "model.inner_state", "corpus"]
 TORCH_FREE += [
     f"coordinator.{name}"
     for name in (
@@ -166,6 +166,7 @@ FLAGS = {
     "status": {"--join", "--insecure", "--json"},
     "evaluate": {"--data", "--split", "--route", "--json"},
     "generate": {"--prompt", "--tokens", "--temperature", "--top-k", "--seed", "--every", "--path", "--json"},
+    "route": {"--text", "--file", "--data", "--every", "--oracle", "--sample", "--json"},
     "digest": {"--all", "--json"},
     "backup": {"--json"},
     "corpus": {"--samples", "--domain", "--json"},
