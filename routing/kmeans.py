@@ -19,11 +19,11 @@ from configs.schema import ShardingConfig
 from model.topology import Topology
 from routing.arrangement import arrange
 from routing.clusters import Clusters, Group, squared_distances
+from routing.transform import fit_transform
 
 MINIBATCH_ABOVE = 200_000
 RESTARTS = 8
 BALANCED_ROUNDS = 25
-_TINY = 1e-12
 
 
 class CannotFit(ValueError):
@@ -54,7 +54,7 @@ def _fit(
             f"a sample of {len(rows)} sequences is too small for {math.prod(sizes)} shards (at least {needed}); "
             "raise sharding.sample_sequences or give more documents"
         )
-    mean, matrix = _transform(rows, config.transform)
+    mean, matrix = fit_transform(rows, config.transform)
     transformed = (rows - mean) @ matrix
     groups = []
     for index, clusters in enumerate(sizes):
@@ -84,24 +84,6 @@ def _dimensions(config: ShardingConfig, size: int, index: int, groups: int) -> I
     """
     every = np.arange(size)
     return every[index::groups] if config.transform == "whiten" else np.array_split(every, groups)[index]
-
-
-def _transform(rows: Float64[np.ndarray, "N D"], kind: str) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """Mean (D) and matrix (D, E) of `z -> (z - mean) @ matrix`."""
-    size = rows.shape[1]
-    if kind == "none":
-        return np.zeros(size), np.eye(size)
-    mean, scale = rows.mean(axis=0), 1.0 / np.maximum(rows.std(axis=0), _TINY)
-    if kind == "standardize":
-        return mean, np.diag(scale)
-    scaled = (rows - mean) * scale
-    variances, directions = np.linalg.eigh(scaled.T @ scaled / len(scaled))
-    order = np.argsort(-variances, kind="stable")
-    variances, directions = variances[order], directions[:, order]
-    kept = variances > 1e-6 * variances[0]
-    signs = np.sign(directions[np.abs(directions).argmax(axis=0), np.arange(size)])
-    whitening = directions * signs / np.sqrt(np.maximum(variances, _TINY))
-    return mean, (scale[:, None] * whitening)[:, kept]
 
 
 def _centres(
@@ -137,14 +119,18 @@ def capped_assignment(distances: npt.NDArray[np.float64], capacity: float) -> In
 def capped_choices(
     choices: npt.NDArray[Any], distances: npt.NDArray[Any], clusters: int, capacity: float
 ) -> Int64[np.ndarray, " N"]:
-    """The same from ranked choices (N, n) and their distances; a row whose choices are all full takes the emptiest."""
+    """The same from ranked choices (N, n) and their distances; a row whose choices are all full takes the emptiest.
+
+    A choice at an infinite distance is none, but every row has one at a finite distance.
+    """
     count = len(choices)
     limit = math.ceil(capacity * count / clusters)
     regret = distances[:, 1] - distances[:, 0] if choices.shape[1] > 1 else np.zeros(count)
     room = np.full(clusters, limit)
     labels = np.full(count, -1, np.int64)
     for row in np.argsort(-regret, kind="stable"):
-        cluster = next((int(choice) for choice in choices[row] if room[choice]), int(room.argmax()))
+        listed = choices[row][distances[row] < math.inf]
+        cluster = next((int(choice) for choice in listed if room[choice]), int(room.argmax()))
         labels[row] = cluster
         room[cluster] -= 1
     _fill_empty(labels, choices, distances, clusters)
