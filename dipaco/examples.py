@@ -16,7 +16,7 @@ from inference.module_cache import ModuleCache, verify_module
 from inference.path_source import PathSource
 from inference.sampling import Sampling
 from model.path import load_path
-from routing.clusters import Clusters
+from routing.frozen import read_router
 from routing.router import FeatureRouter, OnePath, Router
 
 __all__ = ["EXAMPLE_PROMPTS", "Continuation", "Wish", "continuations", "routed_examples"]
@@ -99,9 +99,9 @@ def _paths(snapshot: RunSnapshot, model: str) -> PathSource:
 def _router(snapshot: RunSnapshot) -> Router:
     if snapshot.router_path is None:
         raise Refused("this run has no router (its shards are random); name a path: --path I.J")
-    clusters = Clusters.from_bytes(snapshot.router_path.read_bytes())
+    router = read_router(snapshot.router_path.read_bytes())
     files = {module_id: path for module_id, (_, path) in snapshot.base_modules().items()}
     for module_id, path in files.items():
         verify_module(snapshot.store, module_id, path.name)
     base = load_path(snapshot.config.experiment.model, snapshot.vocab_size, snapshot.plan.dense, files)
-    return FeatureRouter(base.eval().requires_grad_(False), clusters)
+    return FeatureRouter(base.eval().requires_grad_(False), router)

@@ -1,6 +1,6 @@
 """The router interface, and the router of the features: which path comes next, given the tokens so far.
 
-One class serves evaluation and inference; sharding uses its clusters directly on features that tasks have computed.
+One class serves evaluation and inference; sharding uses its frozen part directly on features that tasks have computed.
 
 Legend: T tokens so far (BOS first), P paths.
 """
@@ -15,8 +15,8 @@ import numpy.typing as npt
 from jaxtyping import Float64
 
 from model.transformer import PathModel
-from routing.clusters import Clusters
 from routing.features import features_of, first_prefix, prefix_before
+from routing.frozen import FrozenRouter
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,30 +43,30 @@ class Router(Protocol):
 
 
 class FeatureRouter:
-    """Clusters over features of the base LM: the first prefix decides at first, the last prefix_tokens ever after."""
+    """A frozen router on features of the base LM: the first prefix decides at first, the last prefix_tokens after."""
 
-    def __init__(self, base: PathModel, clusters: Clusters) -> None:
+    def __init__(self, base: PathModel, frozen: FrozenRouter) -> None:
         self._base = base
-        self._clusters = clusters
+        self._frozen = frozen
 
     @property
     def version(self) -> str:
-        return self._clusters.version
+        return self._frozen.version
 
     @property
     def num_paths(self) -> int:
-        return self._clusters.num_paths
+        return self._frozen.num_paths
 
     def route(
         self, tokens: npt.NDArray[Any], state: RouteState | None = None
     ) -> tuple[Float64[np.ndarray, " P"], RouteState]:
         """`tokens` (T) with BOS in front. A prefix shorter than prefix_tokens is routed on as it is."""
-        prefix_tokens = self._clusters.prefix_tokens
+        prefix_tokens = self._frozen.prefix_tokens
         if state is None or state.seen_tokens < prefix_tokens:
             prefix = first_prefix(tokens, prefix_tokens)
         else:
             prefix = prefix_before(tokens, len(tokens), prefix_tokens)
-        posterior = self._clusters.posterior(features_of(self._base, [prefix]))[0]
+        posterior = self._frozen.posterior(features_of(self._base, [prefix]))[0]
         return posterior, RouteState(len(tokens) - 1)
 
 
