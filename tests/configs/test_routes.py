@@ -45,7 +45,7 @@ WRONG += ",sequence:,sequence:2,likelihood,ensemble:x,path:0.1"
 
 @pytest.mark.parametrize("name", WRONG.split(","))
 def test_another_name_is_refused_with_the_ones_that_there_are(name: str) -> None:
-    with pytest.raises(UnknownRoute, match="is none of sequence, every:W, likelihood:W, ensemble:N"):
+    with pytest.raises(UnknownRoute, match=r"is none of sequence, .*likelihood:W, ensemble:N"):
         parse_route(name)
     with pytest.raises(InvalidConfig, match=r"experiment\.evaluation\.routes\[1\]: route '.* is none of sequence"):
         routed("sequence", name)

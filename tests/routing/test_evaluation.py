@@ -40,7 +40,7 @@ def routes(seed: int = 0) -> Routes:
 
 def posterior(sequence: np.ndarray) -> np.ndarray:
     """Half of it on the path of a sequence, the rest on all alike."""
-    return (0.5 * np.eye(P)[sequence] + 0.5 / P).astype(np.float32)
+    return np.asarray(0.5 * np.eye(P)[sequence] + 0.5 / P, np.float32)
 
 
 TABLE = LossTable.join([[record] for record in records()])

@@ -105,15 +105,25 @@ def test_an_ensemble_takes_the_paths_with_the_highest_posterior_and_renormalises
     assert three.losses.item() == pytest.approx(-math.log(likelihood / 0.9))
 
 
-@st.composite
-def evaluations(draw: st.DrawFn) -> tuple[LossTable, RouteTable]:
-    """Tables of any size with at least two paths, some chunks without tokens, and a router's posterior."""
-    generator = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
-    sequences, chunks, paths = draw(st.integers(1, 4)), draw(st.integers(1, 6)), draw(st.integers(2, 5))
+# Seed, sequences, chunks, paths, scale of the losses (nats a token), concentration of the posterior.
+CASES = st.tuples(
+    st.integers(0, 2**32 - 1),
+    st.integers(1, 4),
+    st.integers(1, 6),
+    st.integers(2, 5),
+    st.sampled_from([0.01, 1.0, 30.0]),
+    st.sampled_from([0.02, 1.0]),
+)
+Case = tuple[int, int, int, int, float, float]
+
+
+def evaluated(case: Case) -> tuple[LossTable, RouteTable]:
+    """Tables with chunks of 0 to 16 tokens, and a router's posterior, that follow from a case."""
+    seed, sequences, chunks, paths, scale, concentration = case
+    generator = np.random.default_rng(seed)
     count = generator.integers(0, CHUNK + 1, (sequences, chunks)).astype(np.uint32)
-    loss = generator.gamma(2.0, draw(st.sampled_from([0.01, 1.0, 30.0])), (sequences, chunks, paths))
-    posterior = generator.dirichlet(np.full(paths, draw(st.sampled_from([0.02, 1.0]))), sequences)
-    return table_of(loss * count[:, :, None], count), routed(posterior.tolist())
+    loss = generator.gamma(2.0, scale, (sequences, chunks, paths)) * count[:, :, None]
+    return table_of(loss, count), routed(generator.dirichlet(np.full(paths, concentration), sequences).tolist())
 
 
 def total(prediction: Prediction) -> np.ndarray:
@@ -123,9 +133,9 @@ def total(prediction: Prediction) -> np.ndarray:
 
 
 @settings(max_examples=60, deadline=None)
-@given(evaluations())
-def test_what_holds_of_every_table(tables: tuple[LossTable, RouteTable]) -> None:
-    table, routes = tables
+@given(CASES)
+def test_what_holds_of_every_table(case: Case) -> None:
+    table, routes = evaluated(case)
     first = predict("sequence", table, routes, CHUNK)
     for interval in (CHUNK, 3 * CHUNK):
         likelihood = predict(f"likelihood:{interval}", table, routes, CHUNK)
@@ -150,9 +160,9 @@ def test_what_holds_of_every_table(tables: tuple[LossTable, RouteTable]) -> None
 
 
 @settings(max_examples=30, deadline=None)
-@given(evaluations())
-def test_the_mixture_of_a_sequence_does_not_depend_on_the_grid(tables: tuple[LossTable, RouteTable]) -> None:
-    table, routes = tables
+@given(CASES)
+def test_the_mixture_of_a_sequence_does_not_depend_on_the_grid(case: Case) -> None:
+    table, routes = evaluated(case)
     coarse = table_of(table.loss.sum(axis=1, keepdims=True), table.count.sum(axis=1, keepdims=True, dtype=np.uint32))
     fine, whole = (predict("ensemble:2", each, routes, CHUNK) for each in (table, coarse))
     np.testing.assert_allclose(total(fine), total(whole), rtol=1e-9, atol=1e-9)
