@@ -12,7 +12,8 @@ from model.layout import module_spec, num_parameters
 from model.topology import Topology
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
-FILES = sorted(CONFIGS.rglob("*.yaml"))
+# Without the tables of the experiment, of which each is many runs.
+FILES = sorted(path for path in CONFIGS.rglob("*.yaml") if path.parent.name != "experiments")
 # name: (paths, shards, modules)
 SHAPES = {
     "quickstart": (4, 4, 4),

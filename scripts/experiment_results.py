@@ -1,0 +1,164 @@
+"""The results of the experiment's tables, from whatever cells are finished: rows for results.json, means and spreads.
+
+A result row has `table`, `row`, `levels`, `seed`, `budget`, `route`, `test_perplexity`, `validation_perplexity`,
+`bits_per_byte` (test), `ratio_to_dense` (test perplexity over that of the table's reference row of the same seed and
+budget), `tokens` (trained on, the base's included), `learning_rate`, `parameters` (of all modules), `path_parameters`,
+`bytes_saved` (what exchanging every gradient would have moved, over what was moved), `smallest_shard` and
+`least_used_path` (of the training tokens, of the test tokens: its share times their number), `config_digest`,
+`weights_digest`, `wall_s`, and `headline`: chosen on validation. A number that is none is null.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from scripts.experiment_measurement import Measurement
+from scripts.experiment_plan import TEST, VALIDATION, Cell, TablePlan
+from scripts.experiment_table import Row, routes_of
+
+ResultRow = dict[str, Any]
+Measured = Callable[[str], Measurement | None]
+_MOVED = ("modules", "outer_gradients", "inner_state", "checkpoints")
+
+
+class WouldBeLost(ValueError):
+    """Results of a table that was not given stand where they would be overwritten."""
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """Mean of so many values, and their standard deviation (over n - 1) where there are several."""
+
+    mean: float
+    deviation: float | None
+    count: int
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        """Of at least one value."""
+        deviation = statistics.stdev(values) if len(values) > 1 else None
+        return cls(statistics.fmean(values), deviation, len(values))
+
+    def text(self, form: str) -> str:
+        """As a table shows it."""
+        shown = format(self.mean, form)
+        return shown if self.deviation is None else f"{shown} ± {format(self.deviation, form)}"
+
+
+def is_finished(cell: Cell, measured: Measured) -> bool:
+    """Whether everything that the table shows of a cell is measured."""
+    known = measured(cell.digest)
+    return known is not None and all(known.holds(split, cell.routes) for split in cell.splits)
+
+
+def result_rows(plan: TablePlan, measured: Measured) -> list[ResultRow]:
+    """One row a finished cell and route, in the order of the table."""
+    table = plan.table
+    finished = [(row, cell) for row, cell in plan.reported() if not cell.provisional and is_finished(cell, measured)]
+    dense = {
+        (cell.seed, cell.budget): _perplexity(plan, row, cell, measured, TEST, None)
+        for row, cell in finished
+        if row.name == table.reference
+    }
+    chosen = _headline_pairs(plan)
+    return [
+        _result(plan, row, cell, route, measured, dense.get((cell.seed, cell.budget)), (row.name, route) in chosen)
+        for row, cell in finished
+        for route in routes_of(table, row, cell.config)
+    ]
+
+
+def missing(plan: TablePlan, measured: Measured) -> list[Cell]:
+    """The reported cells that are not finished, provisional ones among them."""
+    cells = [cell for _, cell in plan.reported()]
+    return [cell for cell in cells if cell.provisional or not is_finished(cell, measured)]
+
+
+def _headline_pairs(plan: TablePlan) -> set[tuple[str, str]]:
+    """(row, route) that validation chose: the row by the route of comparison, and by the best of the others."""
+    row, route = plan.headline_row(), plan.headline_route()
+    if row is None or not row.made:
+        return set()
+    chosen = plan.table.row(row.value)
+    pairs = {(row.value, (chosen.routes or plan.table.routes)[0])}
+    return pairs | {(row.value, route.value)} if route is not None and route.made else pairs
+
+
+def _perplexity(
+    plan: TablePlan, row: Row, cell: Cell, measured: Measured, split: str, route: str | None
+) -> float | None:
+    known = measured(cell.digest)
+    route = route or routes_of(plan.table, row, cell.config)[0]
+    found = None if known is None else known.perplexity(split, row.model, route)
+    return found if found is not None and math.isfinite(found) else None
+
+
+def _result(
+    plan: TablePlan, row: Row, cell: Cell, route: str, measured: Measured, dense: float | None, headline: bool
+) -> ResultRow:
+    known = measured(cell.digest)
+    assert known is not None
+    test = _perplexity(plan, row, cell, measured, TEST, route)
+    moved = sum(known.run["wire_bytes"].get(kind, 0) for kind in _MOVED)
+    shards, load = known.run["shards"], known.path_load(row.model, route)
+    return {
+        "table": plan.table.name,
+        "row": row.name,
+        "levels": plan.table.levels,
+        "seed": cell.seed,
+        "budget": cell.budget,
+        "route": route,
+        "test_perplexity": test,
+        "validation_perplexity": _perplexity(plan, row, cell, measured, VALIDATION, route),
+        "bits_per_byte": known.bits_per_byte(TEST, row.model, route),
+        "ratio_to_dense": test / dense if test and dense else None,
+        "tokens": known.run["tokens"].get(row.model),
+        "learning_rate": cell.learning_rate,
+        "parameters": known.run["parameters"],
+        "path_parameters": known.run["path_parameters"],
+        "bytes_saved": known.run["every_step_bytes"] / moved if moved else None,
+        "smallest_shard": min(shards) * len(shards),
+        "least_used_path": min(load) * len(load) if load else None,
+        "wall_s": known.run["wall_s"],
+        "config_digest": known.run["config_digest"],
+        "weights_digest": known.run["digest"],
+        "headline": headline,
+    }
+
+
+def spread_of(rows: Iterable[ResultRow], key: str) -> Spread | None:
+    """Over the rows that have the number; None where none has."""
+    values = [row[key] for row in rows if row[key] is not None]
+    return Spread.of(values) if values else None
+
+
+def only(rows: Iterable[ResultRow], **wanted: Any) -> list[ResultRow]:
+    """The rows in which every named key has the wanted value."""
+    return [row for row in rows if all(row[key] == value for key, value in wanted.items())]
+
+
+def paired_ratio(rows: Sequence[ResultRow], others: Sequence[ResultRow]) -> Spread | None:
+    """Test perplexity over that of another row, seed by seed; None where no seed has both."""
+    of_seed = {row["seed"]: row["test_perplexity"] for row in others}
+    pairs = [(row["test_perplexity"], of_seed.get(row["seed"])) for row in rows]
+    ratios = [mine / other for mine, other in pairs if mine and other]
+    return Spread.of(ratios) if ratios else None
+
+
+def check_nothing_is_lost(results: Path, tables: Iterable[str]) -> None:
+    """Raises WouldBeLost where results.json holds rows of a table that is not among those to be written."""
+    try:
+        rows = json.loads(results.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return
+    others = sorted({str(row.get("table")) for row in rows} - set(tables))
+    if others:
+        raise WouldBeLost(
+            f"{results} also holds results of table {', '.join(others)}; name that table, too, or take another --out"
+        )

@@ -1,0 +1,142 @@
+"""The folder in which the cells of the experiment are kept: one folder a digest, finished steps are not done again.
+
+WORK/<digest>/ holds `config.yaml`, the run directory `run`, what was written by its commands, and once they are
+finished `run.json`, `validation.json` and `test.json`; those are written whole or not at all.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from configs.load import InvalidConfig, to_yaml
+from configs.schema import Experiment, FilesSource
+from model.store import write_whole
+from scripts.experiment_measurement import Measurement
+from scripts.experiment_plan import Cell
+from scripts.experiment_table import Table
+
+_DIGITS = 16
+_RUN = "run"
+Json = dict[str, Any]
+
+
+class WorkInUse(ValueError):
+    """Another process carries out cells in the same folder."""
+
+
+class Work:
+    """The work folder: what is finished of every cell, by digest."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root.resolve()
+        self._known: dict[str, Measurement] = {}
+
+    def measurement(self, digest: str) -> Measurement | None:
+        """What is known of a finished run; None while it is not finished."""
+        if digest not in self._known:
+            run = _read(self._file(digest, _RUN))
+            if run is None:
+                return None
+            found = {split: _read(self._file(digest, split)) for split in ("validation", "test")}
+            self._known[digest] = Measurement(run, {split: each for split, each in found.items() if each is not None})
+        return self._known[digest]
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Raises WorkInUse while another process holds it."""
+        self.root.mkdir(parents=True, exist_ok=True)
+        with open(self.root / "lock", "w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise WorkInUse(f"another experiment runs in {self.root}; stop it, or take another --work") from None
+            yield
+
+    def folder(self, cell: Cell) -> Path:
+        return self.root / cell.digest[:_DIGITS]
+
+    def run_dir(self, cell: Cell) -> Path:
+        return self.folder(cell) / _RUN
+
+    def prepare(self, cell: Cell) -> Path:
+        """The folder of a cell with its configuration; returns the file."""
+        self.folder(cell).mkdir(parents=True, exist_ok=True)
+        config = self.folder(cell) / "config.yaml"
+        write_whole(config, to_yaml(cell.config))
+        return config
+
+    def left(self, cell: Cell) -> list[str]:
+        """The steps of a cell that are not finished, in order: `run`, then the splits to evaluate."""
+        known = self.measurement(cell.digest)
+        if known is None:
+            return [_RUN, *cell.splits]
+        return [split for split in cell.splits if not known.holds(split, cell.routes)]
+
+    def begun(self, cell: Cell) -> bool:
+        return self.run_dir(cell).is_dir()
+
+    def finished_run(self, cell: Cell, described: Json) -> None:
+        """Keep what a finished run has cost; what its workers had cached is not needed any more."""
+        self._write(cell.digest, _RUN, described)
+        shutil.rmtree(self.run_dir(cell) / "workers", ignore_errors=True)
+
+    def finished_split(self, cell: Cell, split: str, found: Json) -> None:
+        """Keep an evaluation, with the routes that were asked for."""
+        self._write(cell.digest, split, {**found, "asked": list(cell.routes)})
+
+    def _file(self, digest: str, name: str) -> Path:
+        return self.root / digest[:_DIGITS] / f"{name}.json"
+
+    def _write(self, digest: str, name: str, document: Json) -> None:
+        write_whole(self._file(digest, name), json.dumps(document, indent=1, ensure_ascii=False) + "\n")
+        self._known.pop(digest, None)
+
+
+def _read(path: Path) -> Json | None:
+    try:
+        document: Json = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    return document
+
+
+def data_digest(table: Table, data: Path | None) -> str:
+    """SHA-256 over the files that a table reads from the data folder: names and contents. Raises InvalidConfig.
+
+    Its runs are started in that folder, so that no path of a machine stands in a configuration.
+    """
+    patterns = _patterns(table.experiment)
+    if not patterns:
+        return ""
+    if data is None:
+        raise InvalidConfig(f"table {table.name} reads {', '.join(patterns)}: name their folder with --data")
+    hashed = hashlib.sha256()
+    for pattern in patterns:
+        if Path(pattern).is_absolute():
+            raise InvalidConfig(f"table {table.name}: corpus.source.paths holds {pattern!r}; give it from --data on")
+        found = sorted(path for path in data.glob(pattern) if path.is_file())
+        if not found:
+            raise InvalidConfig(f"there is no file {pattern} in {data}, which table {table.name} reads")
+        for path in found:
+            with open(path, "rb") as file:
+                hashed.update(f"{path.relative_to(data)} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    return hashed.hexdigest()
+
+
+def _patterns(experiment: Experiment) -> list[str]:
+    source = experiment.corpus.source
+    return list(source.paths) if isinstance(source, FilesSource) else []
+
+
+def environment(root: Path) -> dict[str, str]:
+    """For the commands of a cell, which run in the data folder: one thread each, and this checkout's packages."""
+    paths = [str(root), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
