@@ -18,8 +18,8 @@ from jaxtyping import Int64, UInt64
 from configs.schema import Experiment
 from corpus.token_file import TokenFile
 from protocol.tasks import FeaturizeSpec, MalformedMessage, TaskResult
-from routing.clusters import Clusters
 from routing.features import features_of, first_prefix, prefix_before
+from routing.frozen import FrozenRouter, read_router
 from routing.records import Assignments, Features, Routes, evaluated_positions
 from worker.numerics import applied
 from worker.outcome import Progress, TaskOutcome, blob_of, no_progress
@@ -98,10 +98,10 @@ def _mixed(values: np.ndarray) -> np.ndarray:
     return mixed ^ (mixed >> np.uint64(31))
 
 
-def _router(path: Path | None) -> Clusters:
+def _router(path: Path | None) -> FrozenRouter:
     if path is None:
         raise MalformedMessage("a FEATURIZE task that assigns or routes needs a router")
-    return Clusters.from_bytes(path.read_bytes())
+    return read_router(path.read_bytes())
 
 
 def _first_prefixes(file: TokenFile, positions: np.ndarray, prefix_tokens: int) -> list[np.ndarray]:
@@ -113,13 +113,15 @@ def _sample(spec: FeaturizeSpec, file: TokenFile, z_of: FeaturesOf) -> Features:
     return Features(file.ids[positions], z_of(_first_prefixes(file, positions, spec.prefix_tokens)))
 
 
-def _assign(spec: FeaturizeSpec, file: TokenFile, router: Clusters, z_of: FeaturesOf) -> Assignments:
+def _assign(spec: FeaturizeSpec, file: TokenFile, router: FrozenRouter, z_of: FeaturesOf) -> Assignments:
     z = z_of(_first_prefixes(file, np.arange(file.count), spec.prefix_tokens))
     shards, distances = router.nearest(z, min(spec.top_n, router.num_shards))
     return Assignments(file.ids, shards.astype(np.uint32), distances.astype(np.float32))
 
 
-def _route(spec: FeaturizeSpec, sequence_length: int, file: TokenFile, router: Clusters, z_of: FeaturesOf) -> Routes:
+def _route(
+    spec: FeaturizeSpec, sequence_length: int, file: TokenFile, router: FrozenRouter, z_of: FeaturesOf
+) -> Routes:
     """Paths of sequences and of chunks; a chunk that a sequence does not reach has the path of its first."""
     positions = evaluated_positions(file, spec.max_sequences)
     z = z_of(_first_prefixes(file, positions, spec.prefix_tokens))

@@ -14,6 +14,7 @@ from model.path import load_path
 from protocol.tasks import FeaturizeSpec, MalformedMessage, Numerics
 from routing.clusters import Clusters, Group
 from routing.features import features_of
+from routing.gater import Gater
 from routing.records import Assignments, Features, Routes, evaluated_positions
 from worker.featurize import run_featurize, sampled_positions
 from worker.task_path import topology_of
@@ -102,6 +103,24 @@ def test_assigns_the_nearest_shards_of_every_sequence(run: TinyRun, blob: BlobOf
     shards, _ = clusters.nearest(z, 3)
     np.testing.assert_array_equal(record.shards, shards)
     assert len(np.unique(record.shards[:, 0])) > 1
+
+
+def test_a_gater_assigns_and_routes_like_any_router(run: TinyRun, blob: BlobOf) -> None:
+    size = run.experiment.model.hidden_size
+    generator = np.random.default_rng(3)
+    gater = Gater(np.zeros(size), np.eye(size), generator.normal(0, 9, (size, 3)), np.zeros(3), PREFIX)
+    path = run.root / "router"
+    path.write_bytes(gater.to_bytes())
+    record = Assignments.from_bytes(featurize(run, blob, "assign", path, top_n=9))
+    with TokenFile.open(run.tokens) as file:
+        z = z_alone(run, [file.tokens(position)[: PREFIX + 1] for position in range(file.count)])
+        positions = evaluated_positions(file, 9)
+    shards, distances = gater.nearest(z, 3)
+    np.testing.assert_array_equal(record.shards, shards)
+    np.testing.assert_allclose(record.distances, distances, atol=1e-4)
+    assert len(np.unique(record.shards[:, 0])) > 1
+    routes = Routes.from_bytes(featurize(run, blob, "route", path, intervals=[16], max_sequences=9))
+    np.testing.assert_array_equal(routes.sequence, gater.paths(z[positions]))
 
 
 def test_routes_sequences_and_chunks_by_the_tokens_before_them(run: TinyRun, blob: BlobOf, router: Path) -> None:
