@@ -127,7 +127,7 @@ class Module:
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """A shard of a model: its data, how far it has been trained, and its inner state (AdamW m, v)."""
+    """A shard of a model: its data, how far it has been trained, and the state of its inner optimizer."""
 
     table: ClassVar[str] = "shards"
     model: str

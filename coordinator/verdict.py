@@ -19,7 +19,7 @@ from protocol.tasks import TaskResult
 
 # Across fingerprint classes: how far norms may differ, as a share of the larger.
 NORM_TOLERANCE = 0.05
-# The same for the inner state (AdamW m and v), which drifts more than the sum of all steps does.
+# The same for the inner state (moments), which drifts more than the sum of all steps does.
 INNER_STATE_TOLERANCE = 0.5
 # A task with so many different results says something about the machines, not about one of them.
 MAX_CLAIMS = 5
