@@ -109,15 +109,14 @@ def _mixed(table: LossTable, routes: RouteTable, num_paths: int) -> Prediction:
     """
     log_prior = _log_prior(routes)
     members = np.argsort(-log_prior, axis=1, kind="stable")[:, :num_paths]  # (N, K)
-    log_weights = np.take_along_axis(log_prior, members, axis=1)
-    log_weights -= np.logaddexp.reduce(log_weights, axis=1, keepdims=True)
     losses = np.take_along_axis(table.loss, members[:, None, :], axis=2)  # (N, C, K)
-    so_far = -np.logaddexp.reduce(log_weights[:, None] - np.cumsum(losses, axis=1), axis=2)  # (N, C)
-    evidence = log_weights - losses.sum(axis=1)  # (N, K)
-    after = np.exp(evidence - np.logaddexp.reduce(evidence, axis=1, keepdims=True))
+    so_far = np.cumsum(np.pad(losses, ((0, 0), (1, 0), (0, 0))), axis=1)  # (N, C + 1, K), from before the first chunk
+    evidence = np.take_along_axis(log_prior, members, axis=1)[:, None] - so_far  # log w_k - L_k, up to a constant
+    mixed = np.logaddexp.reduce(evidence, axis=2)  # (N, C + 1)
+    after = np.exp(evidence[:, -1] - mixed[:, -1:])  # (N, K)
     tokens = table.count.sum(axis=1, dtype=np.int64)
     load = np.bincount(members.ravel(), (after * tokens[:, None]).ravel(), minlength=table.num_paths)
-    return Prediction(np.diff(so_far, axis=1, prepend=0.0), load / max(1, table.tokens))
+    return Prediction(-np.diff(mixed, axis=1), load / max(1, table.tokens))
 
 
 def _log_prior(routes: RouteTable) -> Float64[np.ndarray, "N P"]:
