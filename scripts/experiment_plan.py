@@ -34,10 +34,12 @@ class Choice(Generic[T]):
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """One run. `rows` are its names as table/row; `routes` in the words of `dipaco evaluate`; `splits` to measure."""
+    """One run. `data` is the digest of what it reads, `rows` are its names as table/row, `routes` in the words of
+    `dipaco evaluate`, `splits` those to measure."""
 
     digest: str
     config: Config
+    data: str
     rows: tuple[str, ...]
     seed: int
     budget: str
@@ -53,6 +55,11 @@ class Cell:
         return f"{self.rows[0]} seed {self.seed}{budget} lr {self.learning_rate:g}"
 
 
+def cell_digest(config: Config, data: str) -> str:
+    """What a cell is known by: its experiment, and the digest of the text that it reads."""
+    return experiment_digest(config, {"data": data})
+
+
 class TablePlan:
     """The cells of one table, given what is measured of a digest. `data` is the digest of the text that is read."""
 
@@ -62,7 +69,7 @@ class TablePlan:
 
     def _configured(self, row: str, seed: int, budget: str, learning_rate: float | None) -> tuple[Config, str]:
         config = configured(self.table, self.table.row(row), seed, budget, learning_rate)
-        return config, experiment_digest(config, {"data": self._data})
+        return config, cell_digest(config, self._data)
 
     # --- choices, on the validation split alone -----------------------------------------------------------------------
 
@@ -118,6 +125,7 @@ class TablePlan:
         return Cell(
             digest=digest,
             config=config,
+            data=self._data,
             rows=(f"{self.table.name}/{row.name}",),
             seed=seed,
             budget=budget,
@@ -193,7 +201,8 @@ def core_seconds(cost: Cost, frozen: Experiment, experiment: Experiment, num_spl
     looked_at = num_splits * models * (experiment.evaluation.max_sequences or 0)
     for stage in experiment.reshards:
         looked_at += (stage.candidates or topology.num_paths) * (stage.max_sequences or 0)
-    return cost.other_s + step_s * (steps + looked_at / experiment.inner.batch_rows / 3)
+    assigned = len(experiment.reshards) + (experiment.sharding.kind not in ("all", "random"))
+    return cost.other_s + cost.assign_s * assigned + step_s * (steps + looked_at / experiment.inner.batch_rows / 3)
 
 
 def _work(experiment: Experiment) -> float:

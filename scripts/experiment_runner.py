@@ -51,7 +51,7 @@ class CellRun:
 
     def start(self) -> None:
         """Start the next step, in a session of its own: Ctrl-C reaches only who started this."""
-        folder, step = self.work.folder(self.cell), self.left[0]
+        folder, step = self.work.folder(self.cell.digest), self.left[0]
         if step == "run":
             words = ["run", str(self.work.prepare(self.cell)), "--workers", str(self.hands.workers)]
             words += ["--run-dir", str(self.work.run_dir(self.cell))]
@@ -81,7 +81,7 @@ class CellRun:
         if step == "run":
             self.work.finished_run(self.cell, self.describe(self.work.run_dir(self.cell)))
         else:
-            written = (self.work.folder(self.cell) / f"{step}.out").read_text(encoding="utf-8")
+            written = (self.work.folder(self.cell.digest) / f"{step}.out").read_text(encoding="utf-8")
             self.work.finished_split(self.cell, step, json.loads(written))
         del self.left[0]
         if self.left:
@@ -90,7 +90,7 @@ class CellRun:
 
     def last_words(self) -> str:
         """The last line that the step wrote, without the prefix of every command."""
-        log = self.work.folder(self.cell) / f"{self.left[0]}.log"
+        log = self.work.folder(self.cell.digest) / f"{self.left[0]}.log"
         written = log.read_bytes()[-_LAST_BYTES:].decode(errors="replace") if log.is_file() else ""
         lines = [line.strip() for line in written.splitlines() if line.strip()]
         told = [line for line in lines if line.startswith("dipaco: ")]

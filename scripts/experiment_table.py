@@ -86,9 +86,11 @@ class Headline(Section):
 
 
 class Cost(Section):
-    """For estimates only: core-seconds of one step of the frozen experiment, and of a run beside its steps."""
+    """For estimates only, in core-seconds: one step of the frozen experiment, giving every training sequence its shard
+    by features (once, and once a re-shard), and the rest of a run: corpus, tokens, processes."""
 
     step_s: Positive
+    assign_s: Annotated[float, Field(ge=0)] = 0.0
     other_s: Annotated[float, Field(ge=0)] = 0.0
 
 

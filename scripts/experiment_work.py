@@ -1,7 +1,9 @@
 """The folder in which the cells of the experiment are kept: one folder a digest, finished steps are not done again.
 
-WORK/<digest>/ holds `config.yaml`, the run directory `run`, what was written by its commands, and once they are
-finished `run.json`, `validation.json` and `test.json`; those are written whole or not at all.
+WORK/<digest>/ holds `config.yaml`, `identity.json`, the run directory `run`, what was written by its commands, and once
+they are finished `run.json`, `validation.json` and `test.json`; those are written whole or not at all. Where the schema
+has got a key since, a cell is still known by its configuration: as for a run that is resumed, a missing key has its
+default.
 """
 
 from __future__ import annotations
@@ -12,15 +14,16 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from configs.load import InvalidConfig, to_yaml
+from configs.load import NUMERICS_VERSION, InvalidConfig, load_config, to_yaml
 from configs.schema import Experiment, FilesSource
 from model.store import write_whole
 from scripts.experiment_measurement import Measurement
-from scripts.experiment_plan import Cell
+from scripts.experiment_plan import Cell, cell_digest
 from scripts.experiment_table import Table
 
 _DIGITS = 16
@@ -60,18 +63,33 @@ class Work:
                 raise WorkInUse(f"another experiment runs in {self.root}; stop it, or take another --work") from None
             yield
 
-    def folder(self, cell: Cell) -> Path:
-        return self.root / cell.digest[:_DIGITS]
+    def folder(self, digest: str) -> Path:
+        """Of a cell: by its digest, or where its configuration already stands under an earlier one."""
+        own = self.root / digest[:_DIGITS]
+        return own if own.is_dir() else self._earlier.get(digest, own)
+
+    @cached_property
+    def _earlier(self) -> dict[str, Path]:
+        """Folders by the digests that their configurations have now."""
+        found: dict[str, Path] = {}
+        for file in sorted(self.root.glob("*/identity.json")):
+            identity = _read(file) or {}
+            if identity.get("numerics") == NUMERICS_VERSION:
+                with suppress(InvalidConfig):
+                    config = load_config(file.with_name("config.yaml"))
+                    found[cell_digest(config, str(identity.get("data")))] = file.parent
+        return found
 
     def run_dir(self, cell: Cell) -> Path:
-        return self.folder(cell) / _RUN
+        return self.folder(cell.digest) / _RUN
 
     def prepare(self, cell: Cell) -> Path:
         """The folder of a cell with its configuration; returns the file."""
-        self.folder(cell).mkdir(parents=True, exist_ok=True)
-        config = self.folder(cell) / "config.yaml"
-        write_whole(config, to_yaml(cell.config))
-        return config
+        folder = self.folder(cell.digest)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(folder / "config.yaml", to_yaml(cell.config))
+        write_whole(folder / "identity.json", json.dumps({"data": cell.data, "numerics": NUMERICS_VERSION}) + "\n")
+        return folder / "config.yaml"
 
     def left(self, cell: Cell) -> list[str]:
         """The steps of a cell that are not finished, in order: `run`, then the splits to evaluate."""
@@ -93,7 +111,7 @@ class Work:
         self._write(cell.digest, split, {**found, "asked": list(cell.routes)})
 
     def _file(self, digest: str, name: str) -> Path:
-        return self.root / digest[:_DIGITS] / f"{name}.json"
+        return self.folder(digest) / f"{name}.json"
 
     def _write(self, digest: str, name: str, document: Json) -> None:
         write_whole(self._file(digest, name), json.dumps(document, indent=1, ensure_ascii=False) + "\n")

@@ -53,7 +53,7 @@ def tiny_table() -> Document:
             "budgets": ["double"],
             "budget_seeds": [0],
         },
-        "cost": {"step_s": 0.1, "other_s": 5},
+        "cost": {"step_s": 0.1, "assign_s": 2, "other_s": 5},
     }
 
 

@@ -165,11 +165,11 @@ def test_one_row_alone_takes_its_grid_with_it(table: Table) -> None:
 def test_the_estimate_counts_every_shard_and_scales_with_the_model(table: Table) -> None:
     """By hand: 10 + 4 shards x 2 phases x 5 steps of 0.1 s, and 4 paths x 400 sequences at a third of a step of 4."""
     cell = next(cell for cell in World(table).plan.cells() if cell.rows[0] == "tiny/kmeans")
-    assert cell.core_s == pytest.approx(5 + 0.1 * (10 + 40 + 4 * 400 / 4 / 3))
+    assert cell.core_s == pytest.approx(5 + 2 + 0.1 * (10 + 40 + 4 * 400 / 4 / 3))
     wide = table.experiment.model_copy(
         update={
             "inner": table.experiment.inner.model_copy(update={"batch_rows": 8}),
             "evaluation": table.experiment.evaluation.model_copy(update={"max_sequences": None}),
         }
     )
-    assert core_seconds(table.cost, table.experiment, wide, 2) == pytest.approx(5 + 0.2 * 50)
+    assert core_seconds(table.cost, table.experiment, wide, 2) == pytest.approx(5 + 2 + 0.2 * 50)

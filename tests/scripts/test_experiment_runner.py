@@ -66,7 +66,7 @@ def test_a_cell_is_a_run_and_its_evaluations(bench: Bench, two: list[Cell]) -> N
     outcome = bench.carry_out(lambda: two)
     assert (outcome.finished, outcome.failed, outcome.stopped) == (2, {}, False)
     run, evaluate = bench.calls()[:2]
-    folder = bench.work.folder(two[0])
+    folder = bench.work.folder(two[0].digest)
     assert run == ["run", str(folder / "config.yaml"), "--workers", "3", "--run-dir", str(folder / "run"), "--json"]
     assert evaluate == ["evaluate", str(folder / "run"), "--split", "validation", "--route", "sequence", "--json"]
     assert load_config(folder / "config.yaml").experiment == two[0].config.experiment
@@ -84,6 +84,23 @@ def test_what_is_finished_is_not_done_again(bench: Bench, two: list[Cell]) -> No
     bench.work = Work(bench.work.root)
     assert bench.carry_out(lambda: two).finished == 0
     assert bench.calls() == before
+
+
+def test_a_cell_of_an_earlier_schema_is_known_by_its_configuration(bench: Bench, two: list[Cell]) -> None:
+    """As it would be had the schema got `eps` since: another digest, and no such key in the file."""
+    bench.carry_out(lambda: two)
+    earlier = bench.work.folder(two[0].digest).rename(bench.work.root / "earlier")
+    config = (earlier / "config.yaml").read_text(encoding="utf-8")
+    (earlier / "config.yaml").write_text(config.replace("    eps: 1.0e-08\n", ""), encoding="utf-8")
+    assert len((earlier / "config.yaml").read_text(encoding="utf-8")) < len(config)
+    bench.work = Work(bench.work.root)
+    assert bench.carry_out(lambda: two).finished == 0
+    for name, old, new in (("config.yaml", "seed: 0", "seed: 1"), ("identity.json", '"numerics": ', '"numerics": 9')):
+        before = (earlier / name).read_text(encoding="utf-8")
+        (earlier / name).write_text(before.replace(old, new), encoding="utf-8")
+        bench.work = Work(bench.work.root)
+        assert bench.work.left(two[0]) == ["run", "validation"], name
+        (earlier / name).write_text(before, encoding="utf-8")
 
 
 def test_another_route_is_measured_on_the_run_that_is_there(
