@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
+from configs.early_stopping import EarlyStoppingConfig
 from configs.execution import Execution
 from configs.routes import parse_route, route_name
 from configs.section import Fraction, PositiveInt, Section
@@ -267,6 +268,8 @@ class Experiment(Section):
     stages: Annotated[list[Stage], Field(min_length=1)]
     baselines: list[BaselineConfig] = []
     evaluation: EvaluationConfig = EvaluationConfig()
+    # Which version of every path `best` is; null: none is kept but the last.
+    early_stopping: EarlyStoppingConfig | None = None
     numerics: NumericsConfig = NumericsConfig()
     determinism: Literal["strict", "any"] = "strict"
 
@@ -364,6 +367,16 @@ class Experiment(Section):
     def _ensembles_fit_the_paths(self) -> Experiment:
         for route in self.evaluation.routes:
             parse_route(route).check(self.topology.num_paths)
+        return self
+
+    @model_validator(mode="after")
+    def _early_stopping_has_what_it_measures(self) -> Experiment:
+        if self.early_stopping is None:
+            return self
+        if not self.trains:
+            raise ValueError("early_stopping chooses among the versions of a train stage, and stages has none")
+        if self.corpus.splits.stop == 0:
+            raise ValueError("early_stopping measures the stop split: set corpus.splits.stop above 0")
         return self
 
     @model_validator(mode="after")

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from coordinator.memory import evaluate_bytes
 from coordinator.plan import MIXTURE, Plan, blob
 from coordinator.stage_tasks import featurize_tasks, stage_task
-from coordinator.state import Stage, State, Task
-from protocol.tasks import EvaluateSpec
+from coordinator.state import Stage, State, Task, Version
+from protocol.tasks import EvaluateSpec, PathRef
+
+# What reports call the mixture at its two versions.
+REPORTED: dict[Version, str] = {"last": "dipaco", "best": "dipaco-best"}
+# In subjects of tasks, the paths of the mixture whose best version is not their last.
+BEST_OF_MIXTURE = f"{MIXTURE}.best"
 
 
 class EvaluationSteps:
@@ -39,9 +46,9 @@ class EvaluationSteps:
             stage_task(
                 stage.name,
                 "EVALUATE",
-                f"{model}-{path_index}-{part['index']}",
+                f"{subject}-{part['index']}",
                 EvaluateSpec(
-                    path=self._plan.path_ref(state, model, path_index),
+                    path=path,
                     tokens=blob(part["file"]),
                     tokenizer=tokenizer,
                     prefix_tokens=self._experiment.sharding.prefix_tokens,
@@ -53,11 +60,20 @@ class EvaluationSteps:
                     ),
                 ),
             )
-            for model in self._plan.evaluated_models()
-            for path_index in range(self._plan.topology(model).num_paths)
+            for subject, path in self._paths(state)
             for part in self._plan.ranges(state, evaluation.split)
             if part["sequences"]
         ]
+
+    def _paths(self, state: State) -> Iterator[tuple[str, PathRef]]:
+        """All paths that are measured, each once, with what names them in subjects."""
+        for model in self._plan.evaluated_models():
+            for path_index in range(self._plan.topology(model).num_paths):
+                last = self._plan.path_ref(state, model, path_index)
+                yield f"{model}-{path_index}", last
+                best = self._plan.path_ref(state, model, path_index, "best")
+                if best != last:
+                    yield f"{BEST_OF_MIXTURE}-{path_index}", best
 
     def _summarise(self, state: State, stage: Stage) -> list[Task]:
         return [stage_task(stage.name, "SUMMARISE", "report")]

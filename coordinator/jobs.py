@@ -6,16 +6,21 @@ again with the same result. Runs in a thread, off the event loop.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from coordinator.evaluation_steps import BEST_OF_MIXTURE, REPORTED
 from coordinator.plan import BASE, MIXTURE, Plan, seed_of
 from coordinator.sharding_jobs import ShardingJobs
 from coordinator.state import State, Task
 from coordinator.task_outputs import outputs_of
 from model.layout import module_spec
 from model.store import BlobStore
+
+if TYPE_CHECKING:
+    from routing.records import Losses
+    from routing.tables import LossTable
 
 SAY_EVERY = 0.25
 
@@ -53,6 +58,8 @@ class Jobs:
         manifest.ranges_of("train")
         if experiment.reshards:
             manifest.ranges_of("router")
+        if experiment.early_stopping is not None:
+            manifest.ranges_of("stop")
         if experiment.evaluates:
             manifest.ranges_of(experiment.evaluation.split)
         characters = sum(part.characters for part in manifest.ranges)
@@ -120,27 +127,36 @@ class Jobs:
     # --- evaluation -------------------------------------------------------------------------------------------------
 
     def _summarise(self, task: Task, state: State) -> dict[str, Any]:
-        from routing.evaluation import LossTable, RouteTable, summarise
+        from routing.evaluation import RouteTable, beside, summarise
         from routing.records import Losses, Routes
 
         evaluated = outputs_of(self._store, state, task.stage, "EVALUATE", "losses")
         losses = {subject: Losses.from_bytes(data) for subject, data in evaluated}
         evaluation = self._plan.experiment.evaluation
         indices = [part["index"] for part in self._plan.ranges(state, evaluation.split) if part["sequences"]]
-        tables = {
-            model: LossTable.join(
-                [
-                    [losses[f"{model}-{path_index}-{index}"] for index in indices]
-                    for path_index in range(self._plan.topology(model).num_paths)
-                ]
-            )
-            for model in self._plan.evaluated_models()
-        }
+        tables = {model: self._table(losses, model, indices) for model in self._plan.evaluated_models()}
         routed = dict(outputs_of(self._store, state, task.stage, "FEATURIZE", "routes"))
         routes = self._in_order(routed, indices, Routes.from_bytes)
         table = RouteTable.join(routes) if routes else None
         summary = summarise(tables, MIXTURE, table, evaluation.routes, self._plan.chunk_tokens())
+        if MIXTURE in tables and self._plan.experiment.early_stopping is not None:
+            changed = {
+                subject.replace(BEST_OF_MIXTURE, MIXTURE): record
+                for subject, record in losses.items()
+                if subject.startswith(f"{BEST_OF_MIXTURE}-")
+            }
+            best = self._table(losses | changed, MIXTURE, indices)
+            chunk_tokens = self._plan.chunk_tokens()
+            at_best = summarise({MIXTURE: best}, MIXTURE, table, evaluation.routes, chunk_tokens, REPORTED["best"])
+            summary = beside(summary, at_best)
         return {**summary, "split": evaluation.split}
+
+    def _table(self, losses: Mapping[str, Losses], model: str, indices: Sequence[int]) -> LossTable:
+        """The losses of a model from those of its paths in token files, by subject."""
+        from routing.tables import LossTable
+
+        paths = range(self._plan.topology(model).num_paths)
+        return LossTable.join([[losses[f"{model}-{path_index}-{index}"] for index in indices] for path_index in paths])
 
     @staticmethod
     def _in_order(routed: dict[str, bytes], indices: Iterable[int], decode: Callable[[bytes], Any]) -> list[Any]:

@@ -15,15 +15,15 @@ from dataclasses import fields
 from pathlib import Path
 from typing import IO, Any
 
-from coordinator.state import Claim, Conduct, Holder, Module, Row, Shard, Stage, Standing, Task
-from protocol.tasks import BlobRef, Checkpoint
+from coordinator.state import Best, Claim, Conduct, Holder, Module, Row, Shard, Stage, Standing, Task
+from protocol.tasks import BlobRef, Checkpoint, ModuleRef
 
 # Stands in a backup until it is whole for the first time.
 UNFINISHED_BACKUP = "backup.unfinished"
-FORMAT = 2
+FORMAT = 3
 # Formats whose rows are read as they are; the first change to such a run makes it one of the newest format.
-READABLE = (1, FORMAT)
-_ROW_TYPES: dict[str, type[Row]] = {row.table: row for row in (Stage, Task, Module, Shard, Standing, Conduct)}
+READABLE = (1, 2, FORMAT)
+_ROW_TYPES: dict[str, type[Row]] = {row.table: row for row in (Stage, Task, Module, Shard, Best, Standing, Conduct)}
 
 
 class RunUnusable(ValueError):
@@ -210,7 +210,7 @@ def _damaged(path: Path, why: str) -> str:
 def _plain(value: Any) -> Any:
     if isinstance(value, BlobRef):
         return [value.digest, value.size]
-    if isinstance(value, Checkpoint):
+    if isinstance(value, Checkpoint | ModuleRef):
         return value.model_dump(mode="json")
     if isinstance(value, Claim):
         return _parts(value)
@@ -249,6 +249,8 @@ def _decode(kind: str, body: dict[str, Any]) -> Row:
     for name in ("history", "files"):
         if name in body:
             body[name] = tuple(_blob(pair) for pair in body[name])
+    if "modules" in body:
+        body["modules"] = tuple(ModuleRef.model_validate(module) for module in body["modules"])
     if body.get("checkpoint"):
         body["checkpoint"] = Checkpoint.model_validate(body["checkpoint"])
     if "outputs" in body:

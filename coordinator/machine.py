@@ -14,12 +14,13 @@ from typing import Any
 
 from coordinator.claims import Claims
 from coordinator.decisions import Decision, StepDue
+from coordinator.early_stopping import STOP, EarlyStopping
 from coordinator.expected import ExpectedOutput
 from coordinator.leases import Leases
 from coordinator.plan import TRAINING, Plan
 from coordinator.references import Referenced, digests_in
 from coordinator.stage_steps import StageSteps
-from coordinator.state import Claim, Module, Row, Shard, Stage, State, Task
+from coordinator.state import Best, Claim, Module, Row, Shard, Stage, State, Task
 from coordinator.verdict import Verdict, judge, result_of
 from protocol.errors import RejectedTensor
 from protocol.tasks import BlobRef, Checkpoint, TaskResult
@@ -53,6 +54,7 @@ class Machine:
         self.plan = plan
         self.state = state
         self.steps = StageSteps(plan)
+        self.stopping = EarlyStopping(plan)
         self.claims = Claims(plan, state, random_generator)
         self.leases = Leases(plan, state, random_generator, self.claims)
         self._referenced = Referenced()
@@ -99,8 +101,10 @@ class Machine:
             tuple(draft.rows.values()), metrics, (*obsolete, *sorted(left)), tuple(task.task_id for task in over)
         )
 
-    def _replaced(self, row: Row) -> Shard | None:
-        """A shard as it was before it moved on: its inner state or its data may be needed no more."""
+    def _replaced(self, row: Row) -> Shard | Best | None:
+        """A shard or a best version as it was before: inner state, data or modules may be needed no more."""
+        if isinstance(row, Best):
+            return self.state.best.get(row.key)
         return self.state.shards.get(row.key) if isinstance(row, Shard) else None
 
     def _advance_once(self, draft: _Draft, wall_s: float) -> bool:
@@ -119,7 +123,8 @@ class Machine:
     def _step_is_over(self, view: State, stage: Stage) -> bool:
         if stage.kind in TRAINING:
             phases = self.plan.phases_of(stage)
-            return all(module.version == phases.stop for module in view.modules_of(stage.model))
+            stepped = all(module.version == phases.stop for module in view.modules_of(stage.model))
+            return stepped and self.stopping.is_over(view, stage)
         return all(task.status == "done" for task in view.tasks_of(stage.name))
 
     def _next_step(self, draft: _Draft, view: State, stage: Stage, wall_s: float) -> None:
@@ -140,7 +145,7 @@ class Machine:
         spec: Any = self.leases.matching.spec(task)
         if task.kind == "PACK":
             return {"tokens": ExpectedOutput.tokens()}
-        if task.kind in ("EVALUATE", "SCORE"):
+        if task.kind in ("EVALUATE", "SCORE", STOP):
             return {"losses": ExpectedOutput.record()}
         name = {"sample": "features", "assign": "assignments", "route": "routes"}[spec.mode]
         return {name: ExpectedOutput.record()}
@@ -208,9 +213,18 @@ class Machine:
         obsolete: tuple[str, ...] = (task.checkpoint.blob.digest,) if task.checkpoint else ()
         if task.kind == "TRAIN":
             self._train_next(draft, stage, task, result)
+        measured = self._measured(draft, done) if task.kind == STOP else []
         metric = self._metric(task, stage, claim, verdict, wall_s)
-        decision = self._advanced(draft, wall_s, (metric,), (*obsolete, *settled.obsolete))
-        return replace(decision, notes=settled.notes, disputes=settled.disputes)
+        left = (*obsolete, *settled.obsolete, *sorted(digests_in(measured)))
+        decision = self._advanced(draft, wall_s, (metric,), left)
+        finished = {*decision.finished_tasks, *(each.task_id for each in measured)}
+        return replace(decision, finished_tasks=tuple(sorted(finished)), notes=settled.notes, disputes=settled.disputes)
+
+    def _measured(self, draft: _Draft, done: Task) -> list[Task]:
+        """The tasks of a snapshot that is wholly measured by now, with what follows from them in the draft."""
+        best, measured = self.stopping.settled(draft.view(), done)
+        draft.put(best)
+        return measured
 
     def save_progress(self, worker_id: str, task_id: str, fence: int, checkpoint: Checkpoint, now: float) -> Decision:
         """The next holder of the task goes on from `checkpoint`, unless one is kept that has got as far.
@@ -299,6 +313,7 @@ class Machine:
         draft = _Draft(self.state)
         stepped = replace(old, version=old.version + 1, params=params, momentum=momentum, history=kept)
         draft.put([stepped])
+        draft.put(self.stopping.due(draft.view(), stepped))
         obsolete = [ref.digest for ref in dropped] + [ref.digest for _, _, ref in due.contributions]
         if old.momentum:
             obsolete.append(old.momentum.digest)
@@ -347,7 +362,7 @@ class Machine:
             modules = self.plan.topology(model).modules_of_path(path_index)
             if all(self.state.modules[f"{model}/{module_id}"].version > task.phase for module_id in modules):
                 found.append(task.task_id)
-        return found
+        return found + self.stopping.consumed(self.state)
 
     def apply(self, decision: Decision) -> None:
         """Make a stored decision current."""

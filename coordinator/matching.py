@@ -8,6 +8,7 @@ from typing import Any
 from coordinator.arrivals import MIN_ARRIVALS
 from coordinator.claims import Claims
 from coordinator.decisions import Decision
+from coordinator.early_stopping import STOP
 from coordinator.liveness import Liveness
 from coordinator.plan import TRAINING, Plan
 from coordinator.references import digests_in
@@ -15,7 +16,9 @@ from coordinator.state import Stage, State, Task, Worker
 from protocol.tasks import Message
 
 MAX_HOLDERS = 2
-NUMERIC_KINDS = ("FEATURIZE", "TRAIN", "EVALUATE", "SCORE")
+NUMERIC_KINDS = ("FEATURIZE", "TRAIN", "EVALUATE", "SCORE", STOP)
+# Measuring a snapshot yields to training until it is so many phases behind: the versions that it holds are bounded.
+STOP_LAG_PHASES = 2
 # A backup copy is worth it where the holder needs so many times longer for the rest than another for the whole.
 BACKUP_FACTOR = 1.5
 
@@ -144,14 +147,17 @@ class Matching:
     def _preference(self, task: Task, worker: Worker, cached: frozenset[str], now: float) -> tuple[Any, ...]:
         """Earlier phases first, what this worker has not failed at, overdue tasks, then what it has the blobs of.
 
-        A copy of a task that is only slow comes after everything else.
+        A copy of a task that is only slow comes after everything else, and STOP tasks come after what trains.
         """
         failed_here = any(reason.startswith(f"{worker.name}: ") for reason in task.failures)
         shard = self._state.shards.get(f"{self._state.stages[task.stage].model}/{task.subject}")
         inner_state = shard.inner_state if shard and task.kind == "TRAIN" else None
         misses = int(inner_state is not None and inner_state.digest not in cached)
-        if task.kind in ("SCORE", "EVALUATE"):
+        if task.kind in ("SCORE", "EVALUATE", STOP):
             misses = sum(module["blob"]["digest"] not in cached for module in task.spec["path"]["modules"])
         overdue = bool(task.holders) and self._liveness.is_overdue(task, now)
         only_slow = bool(task.holders) and not overdue
-        return only_slow, task.phase, not task.claims, failed_here, not overdue, self._stage_order[task.stage], misses
+        stops = task.kind == STOP
+        phase = task.phase + 1 + STOP_LAG_PHASES if stops else task.phase
+        order = self._stage_order[task.stage]
+        return only_slow, phase, stops, not task.claims, failed_here, not overdue, order, misses

@@ -15,7 +15,7 @@ from configs.schema import Config, Experiment, OuterConfig
 from configs.stages import ReshardStage, TrainStage
 from coordinator.memory import train_bytes
 from coordinator.outer import contribution_weights
-from coordinator.state import Shard, Stage, State, Task
+from coordinator.state import Shard, Stage, State, Task, Version
 from model.layout import ModuleSpec, TensorSpec, module_spec, path_tensors
 from model.topology import Topology
 from protocol.tasks import (
@@ -206,8 +206,11 @@ class Plan:
         task_id = f"{stage.name}/TRAIN/{shard.phase}/{shard.shard}"
         return Task(task_id, stage.name, "TRAIN", shard.phase, str(shard.shard))
 
-    def path_ref(self, state: State, model: str, path_index: int) -> PathRef:
-        """The newest versions of the modules of a path."""
+    def path_ref(self, state: State, model: str, path_index: int, version: Version = "last") -> PathRef:
+        """The newest versions of the modules of a path, or (of the mixture) its best where one was measured."""
+        best = state.best.get(str(path_index)) if model == MIXTURE and version == "best" else None
+        if best is not None and best.modules:
+            return PathRef(model=model, path_index=path_index, modules=list(best.modules))
         rows = [state.modules[f"{model}/{mid}"] for mid in self.topology(model).modules_of_path(path_index)]
         modules = [ModuleRef(module_id=row.module_id, version=row.version, blob=row.params) for row in rows]
         return PathRef(model=model, path_index=path_index, modules=modules)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from pydantic import BaseModel
 
-from coordinator.state import Module, Row, Shard, Stage, State, Task
+from coordinator.state import Best, Module, Row, Shard, Stage, State, Task
 from protocol.tasks import BlobRef
 
 _HEX = frozenset("0123456789abcdef")
@@ -113,6 +113,8 @@ def _words(row: Row) -> str:
             return f"module {row.key} (version {row.version})"
         case Shard():
             return f"shard {row.key}"
+        case Best():
+            return f"the best version of path {row.path_index}"
         case Task():
             return f"task {row.task_id}"
         case Stage():

@@ -45,20 +45,50 @@ class ShardingJobs:
         if router is None:
             shards = random_shards(ids, num_shards, seed_of(experiment.seed, "random shards"))
         else:
-            outputs = outputs_of(self._store, state, task.stage, "FEATURIZE", "assignments")
-            found = merge([Assignments.from_bytes(data) for _, data in outputs])
+            assigned = self._assigned(task, state)
+            found = merge([assigned[part["index"]] for part in self._parts(state, "train")])
             shards = divide(found, num_shards, experiment.sharding)
         batch_tokens = experiment.inner.batch_rows * experiment.model.sequence_length
         tokens = check_sizes(shards, ids, lengths, batch_tokens)
         self._say(f"shards hold {_percent([held / sum(tokens) for held in tokens])} % of the tokens")
         version = "" if router is None else router.digest
         stored = [self._store.put_bytes(m.to_bytes()) for m in manifests(shards, version, experiment.sharding.overlap)]
-        return {
-            "shards": [
-                {"manifest": list(pair), "sequences": len(members), "tokens": held}
-                for pair, members, held in zip(stored, shards, tokens, strict=True)
-            ]
-        }
+        entries = [
+            {"manifest": list(pair), "sequences": len(members), "tokens": held}
+            for pair, members, held in zip(stored, shards, tokens, strict=True)
+        ]
+        if router is None or experiment.early_stopping is None:
+            return {"shards": entries}
+        return {"shards": entries, "stop": self._stop_selections(task, state, experiment.early_stopping.max_sequences)}
+
+    def _assigned(self, task: Task, state: State) -> dict[int, Assignments]:
+        """What the router has made of each token file, by the index of its range."""
+        outputs = outputs_of(self._store, state, task.stage, "FEATURIZE", "assignments")
+        return {int(subject.rpartition("-")[2]): Assignments.from_bytes(data) for subject, data in outputs}
+
+    def _stop_selections(self, task: Task, state: State, max_sequences: int | None) -> dict[str, Any]:
+        """The positions (uint32) of each path's own sequences in each stop file, by "path-file": the router's choice.
+
+        Sequences that are too short to be evaluated are left out; raises UnusableShards where nothing else is there.
+        """
+        topology, assigned, selections = self._plan.mixture, self._assigned(task, state), dict[str, Any]()
+        for part in self._parts(state, "stop"):
+            with TokenFile.open(self._store.path(blob(part["file"]).digest)) as file:
+                positions = evaluated_positions(file, max_sequences)
+            paths = assigned[part["index"]].shards[positions, 0].astype(np.int64) // topology.replicas
+            for path_index in np.unique(paths).tolist():
+                stored = self._store.put_bytes(positions[paths == path_index].astype("<u4").tobytes())
+                selections[f"{path_index}-{part['index']}"] = list(stored)
+        if not selections:
+            raise UnusableShards(
+                "the stop split has no sequence that is long enough to be measured; raise corpus.splits.stop"
+            )
+        measured = {int(subject.partition("-")[0]) for subject in selections}
+        unmeasured = [topology.path_id(path) for path in range(topology.num_paths) if path not in measured]
+        if unmeasured:
+            shown = ", ".join(unmeasured[:16]) + (" ..." if len(unmeasured) > 16 else "")
+            self._say(f"{task.stage}: no sequence of the stop split is routed to {shown}: its best version is its last")
+        return selections
 
     def select(self, task: Task, state: State) -> dict[str, Any]:
         """The positions (uint32) that each path is scored on in each router file, and what that costs."""
@@ -148,7 +178,11 @@ class ShardingJobs:
         return np.concatenate(ids), np.concatenate(z), np.concatenate(losses)
 
     def _router_parts(self, state: State) -> list[dict[str, Any]]:
-        return [part for part in self._plan.ranges(state, "router") if part["sequences"]]
+        return self._parts(state, "router")
+
+    def _parts(self, state: State, split: str) -> list[dict[str, Any]]:
+        """The token files of a split that hold anything."""
+        return [part for part in self._plan.ranges(state, split) if part["sequences"]]
 
     def _features(self, task: Task, state: State) -> list[Features]:
         """The features that the stage has collected, in the order of the files."""

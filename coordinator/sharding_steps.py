@@ -45,7 +45,10 @@ class ShardingSteps:
 
     def _assign(self, state: State, stage: Stage) -> list[Task]:
         router, top_n = self._plan.fitted(state, stage), self._top_n()
-        return featurize_tasks(self._plan, state, stage.name, "assign", "train", router=router, top_n=top_n)
+        tasks = featurize_tasks(self._plan, state, stage.name, "assign", "train", router=router, top_n=top_n)
+        if self._experiment.early_stopping is not None:
+            tasks += featurize_tasks(self._plan, state, stage.name, "assign", "stop", router=router, top_n=1)
+        return tasks
 
     def _top_n(self) -> int:
         """How many choices of every sequence the division needs: all of them where shards have a capacity."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from coordinator.early_stopping import EarlyStopping
 from coordinator.evaluation_steps import EvaluationSteps
 from coordinator.plan import BASE, MIXTURE, TRAINING, Plan, blob
 from coordinator.sharding_steps import ShardingSteps, Step
@@ -61,7 +62,7 @@ class StageSteps:
             return result, self._fork(state, MIXTURE, shards)
         if stage.kind == "reshard":
             result, shards = self._sharding.concluded(state, stage)
-            return result, [*shards]
+            return result, [*shards, *EarlyStopping(self.plan).reset(state)]
         if stage.kind == "evaluate":
             return dict(local_result(state, stage.name)), []
         return {}, []

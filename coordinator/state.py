@@ -11,7 +11,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, NamedTuple
 
 from coordinator.arrivals import Gaps
-from protocol.tasks import BlobRef, Capabilities, Checkpoint
+from protocol.tasks import BlobRef, Capabilities, Checkpoint, ModuleRef
+
+# Of a path: the newest versions of its modules, or those with which it did best on its part of the stop split.
+Version = Literal["last", "best"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,6 +151,26 @@ class Shard:
 
 
 @dataclass(frozen=True, slots=True)
+class Best:
+    """The modules with which a path of the mixture did best on its stop sequences since the last re-shard.
+
+    `loss_sum` in nats over `tokens`; `phase` is the one that made these versions. Without modules nothing has been
+    measured since.
+    """
+
+    table: ClassVar[str] = "best"
+    path_index: int
+    phase: int = 0
+    modules: tuple[ModuleRef, ...] = ()
+    loss_sum: float = 0.0
+    tokens: int = 0
+
+    @property
+    def key(self) -> str:
+        return str(self.path_index)
+
+
+@dataclass(frozen=True, slots=True)
 class Standing:
     """Whether the run goes on: `paused` holds the reason in one sentence, `bytes_moved` counts the wire by category.
 
@@ -181,7 +204,7 @@ class Conduct:
         return self.identity
 
 
-Row = Stage | Task | Module | Shard | Standing | Conduct
+Row = Stage | Task | Module | Shard | Best | Standing | Conduct
 
 
 @dataclass(slots=True)
@@ -225,6 +248,7 @@ class State:
         self.tasks: dict[str, Task] = {}
         self.modules: dict[str, Module] = {}
         self.shards: dict[str, Shard] = {}
+        self.best: dict[str, Best] = {}
         self.standing = Standing()
         self.conduct: dict[str, Conduct] = {}
         self.workers: dict[str, Worker] = {}
@@ -244,6 +268,8 @@ class State:
                     self.modules[row.key] = row
                 case Shard():
                     self.shards[row.key] = row
+                case Best():
+                    self.best[row.key] = row
                 case Standing():
                     self.standing = row
                 case Conduct():
@@ -254,7 +280,7 @@ class State:
         other = State()
         other.stages, other.tasks = dict(self.stages), dict(self.tasks)
         other.modules, other.shards = dict(self.modules), dict(self.shards)
-        other.standing, other.conduct = self.standing, dict(self.conduct)
+        other.best, other.standing, other.conduct = dict(self.best), self.standing, dict(self.conduct)
         return other
 
     def forget_tasks(self, task_ids: Iterable[str]) -> None:

@@ -317,6 +317,7 @@ def local_result(task: Task, plan: Plan) -> dict[str, Any]:
     """What the coordinator's own tasks answer where there is no text and no tensor."""
     if task.kind == "BUILD":
         splits = ["train", "train", "validation", "test", *(["router"] if plan.experiment.reshards else [])]
+        splits += ["stop"] if plan.experiment.early_stopping is not None else []
         ranges = [{"index": index, "split": split, "text": _pair("text", index)} for index, split in enumerate(splits)]
         return {"vocab_size": 64, "tokenizer": _pair("tokenizer"), "ranges": ranges}
     if task.kind == "INITIALISE":
@@ -329,5 +330,6 @@ def local_result(task: Task, plan: Plan) -> dict[str, Any]:
     if task.kind == "GATE":
         return {"router": _pair("gater", task.stage), "gater": {}}
     if task.kind == "DIVIDE":
+        # Without "stop" every path is measured on all of the split, which takes as long here.
         return {"shards": [{"manifest": _pair("manifest", shard)} for shard in range(plan.mixture.num_shards)]}
     return {"perplexity": {}}

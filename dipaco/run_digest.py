@@ -13,8 +13,8 @@ from model import digest
 def run_digest(snapshot: RunSnapshot, *, everything: bool) -> str:
     """The digest of the newest version of every module of every model, read module by module.
 
-    With `everything`, also outer and inner states, the router, shard manifests, and the token and loss sums of every
-    task: a run that was disturbed must agree with an undisturbed one in this.
+    With `everything`, also outer and inner states, the router, shard manifests, best versions, and the token and loss
+    sums of every task: a run that was disturbed must agree with an undisturbed one in this.
     """
     weights = digest.run_digest(
         (f"{model}/{module_id}", version, digest.module_digest(path))
@@ -28,7 +28,12 @@ def run_digest(snapshot: RunSnapshot, *, everything: bool) -> str:
 
 def _beside_weights(snapshot: RunSnapshot) -> dict[str, Any]:
     state, router = snapshot.state, snapshot.router_path
+    best = {
+        key: [row.phase, repr(row.loss_sum), row.tokens, [(each.module_id, each.blob.digest) for each in row.modules]]
+        for key, row in sorted(state.best.items())
+    }
     return {
+        **({"best": best} if best else {}),
         "outer": {key: row.momentum.digest if row.momentum else "" for key, row in sorted(state.modules.items())},
         "inner": {key: row.inner_state.digest if row.inner_state else "" for key, row in sorted(state.shards.items())},
         "manifests": {key: row.manifest.digest if row.manifest else "" for key, row in sorted(state.shards.items())},

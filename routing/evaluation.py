@@ -46,10 +46,11 @@ def summarise(
     routes: RouteTable | None,
     wanted: Sequence[str],
     chunk_tokens: int,
+    name: str = "dipaco",
 ) -> dict[str, Any]:
-    """The report's numbers: every model but `mixture` by its name, the mixture as `dipaco` by route.
+    """The report's numbers: every model but `mixture` by its name, the mixture as `name` by route.
 
-    Keys: perplexity, bits_per_byte {model: x, dipaco: {route: x}}, per_domain {domain: {model: x, dipaco: {route: x}}},
+    Keys: perplexity, bits_per_byte {model: x, name: {route: x}}, per_domain {domain: {model: x, name: {route: x}}},
     path_load {route: [share a path]}, tokens, oracle_agreement (share of counted tokens routed as oracle:sequence).
     Routes that need a router are left out where there is none. Raises what `predict` does.
     """
@@ -63,11 +64,22 @@ def summarise(
         routed = [route for route in wanted if not (no_router and parse_route(route).needs_router)]
         for route in routed:
             measured = measures(table, predict(route, table, routes, chunk_tokens))
-            _enter(summary, measured, "dipaco", route)
+            _enter(summary, measured, name, route)
             summary["path_load"][route] = measured["path_load"]
         if routes is not None and table.num_paths > 1:
             summary["oracle_agreement"] = _agreement(table, routes)
     return summary
+
+
+def beside(summary: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """Two summaries of one text, of models with other names, as one; loads and agreement are the first one's."""
+    merged = {**summary}
+    for key in ("perplexity", "bits_per_byte"):
+        merged[key] = {**summary[key], **other[key]}
+    merged["per_domain"] = {
+        domain: {**models, **other["per_domain"].get(domain, {})} for domain, models in summary["per_domain"].items()
+    }
+    return merged
 
 
 def _enter(summary: dict[str, Any], measured: dict[str, Any], model: str, route: str | None = None) -> None:

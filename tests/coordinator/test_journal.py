@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from coordinator.journal import Journal, RunLock, RunUnusable
-from coordinator.state import Claim, Conduct, Holder, Module, Row, Shard, Stage, Standing, Task
-from protocol.tasks import BlobRef
+from coordinator.journal import FORMAT, Journal, RunLock, RunUnusable
+from coordinator.state import Best, Claim, Conduct, Holder, Module, Row, Shard, Stage, Standing, Task
+from protocol.tasks import BlobRef, ModuleRef
 
 BLOB = BlobRef(digest="a" * 64, size=7)
 OTHER = BlobRef(digest="b" * 64, size=8)
@@ -32,6 +32,8 @@ ROWS: list[Row] = [
     Module("mixture", "0.1", 3, BLOB, OTHER, (OTHER, BLOB)),
     Module("mixture", "0.2", 0, BLOB),
     Shard("mixture", 1, 0, (BLOB, OTHER), 10, 2, OTHER, 1, 50, 50, BLOB),
+    Best(2, 1, (ModuleRef(module_id="0.1", version=2, blob=BLOB),), 12.5, 4),
+    Best(3),
     Standing("a reason", True, {"modules": 5}),
     Conduct("ann", ("t/TRAIN/0/1",), "its result differs", 2.5),
 ]
@@ -69,7 +71,7 @@ def test_another_format_is_named(tmp_path: Path) -> None:
     with sqlite3.connect(tmp_path / "state.db") as connection:
         connection.execute("PRAGMA user_version=99")
     connection.close()
-    with pytest.raises(RunUnusable, match="has format 99, this version of dipaco reads format 2"):
+    with pytest.raises(RunUnusable, match="has format 99, this version of dipaco reads format 3"):
         Journal(tmp_path)
 
 
@@ -107,7 +109,7 @@ def test_the_first_change_makes_it_one_of_this_format(old_run: Path, change: Cal
     journal = Journal(old_run)
     change(journal)
     journal.close()
-    assert format_of(old_run) == 2
+    assert format_of(old_run) == FORMAT
 
 
 def test_a_change_that_fails_leaves_the_format_too(old_run: Path) -> None:
@@ -117,7 +119,7 @@ def test_a_change_that_fails_leaves_the_format_too(old_run: Path) -> None:
     assert format_of(old_run) == 1
     journal.commit([], [{"task_id": "t"}])
     journal.close()
-    assert format_of(old_run) == 2
+    assert format_of(old_run) == FORMAT
 
 
 def test_notes_are_kept_and_forgotten(tmp_path: Path) -> None:
