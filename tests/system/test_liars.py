@@ -48,6 +48,16 @@ def new_crew(folder: Path, config: Callable[[Path], Config], monkeypatch: pytest
     return crew
 
 
+def crew_of_a_liar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Crew:
+    """All tasks are audited: mallory has lied about one, bob works beside it, and a third is still to come."""
+    crew = new_crew(tmp_path / "run", lambda folder: config_for(folder, audit_share=1.0), monkeypatch)
+    crew.waits = lambda spec: isinstance(spec, TrainSpec)
+    crew.hire("mallory", slightly_wrong)
+    crew.hire("bob")
+    assert crew.lied.wait(PATIENCE_S)
+    return crew
+
+
 @pytest.fixture(scope="module")
 def expected(tmp_path_factory: pytest.TempPathFactory) -> str:
     """What the run comes to without audits and without liars."""
@@ -57,11 +67,7 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_a_slightly_wrong_result_is_caught_by_an_audit(
     tmp_path: Path, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    crew = new_crew(tmp_path / "run", lambda folder: config_for(folder, audit_share=1.0), monkeypatch)
-    crew.waits = lambda spec: isinstance(spec, TrainSpec)
-    crew.hire("mallory", slightly_wrong)
-    crew.hire("bob")
-    assert crew.lied.wait(PATIENCE_S)
+    crew = crew_of_a_liar(tmp_path, monkeypatch)
     crew.hire("ann")
     snapshot = crew.finished()
     status = snapshot.status()
@@ -127,11 +133,7 @@ def test_a_restart_between_claims_loses_none_and_keeps_the_bits(
     tmp_path: Path, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The coordinator stops when one claim is made; the liar is banned by what comes after the restart."""
-    crew = new_crew(tmp_path / "run", lambda folder: config_for(folder, audit_share=1.0), monkeypatch)
-    crew.waits = lambda spec: isinstance(spec, TrainSpec)
-    crew.hire("mallory", slightly_wrong)
-    crew.hire("bob")
-    assert crew.lied.wait(PATIENCE_S)
+    crew = crew_of_a_liar(tmp_path, monkeypatch)
     crew.stop()
     journal = Journal(crew.run_dir, read_only=True)
     claims = [claim for row in journal.rows() if isinstance(row, Task) for claim in row.claims]

@@ -8,42 +8,48 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from coordinator.journal import Journal
 
-PLAN = [
-    (0.0, "worker-0", "start"),
-    (0.0, "worker-1", "start"),
-    (5.0, "worker-0", "kill"),
-    (5.5, "worker-0", "start"),
-    (6.0, "coordinator", "kill"),
-    (6.5, "coordinator", "start"),
-    (9.0, "worker-1", "stop"),
-    (14.0, "worker-1", "continue"),
-    (12.0, "worker-0", "terminate"),
-    (13.0, "worker-0", "start"),
+PLAN: list[dict[str, Any]] = [
+    {"at_s": 0.0, "process": "worker-0", "action": "start"},
+    {"at_s": 0.0, "process": "worker-1", "action": "start"},
+    {"at_s": 5.0, "process": "worker-0", "action": "kill"},
+    {"at_s": 5.5, "process": "worker-0", "action": "start"},
+    {"at_s": 6.0, "process": "coordinator", "action": "kill"},
+    {"at_s": 6.5, "process": "coordinator", "action": "start"},
+    {"at_s": 9.0, "process": "worker-1", "action": "stop"},
+    {"at_s": 14.0, "process": "worker-1", "action": "continue"},
+    {"at_s": 12.0, "process": "worker-0", "action": "terminate"},
+    {"at_s": 13.0, "process": "worker-0", "action": "start"},
 ]
 
 
-def test_a_simulation_ends_with_the_bits_of_the_undisturbed_run(
-    tmp_path: Path, prepare_tiny: Callable[[Path], Path]
-) -> None:
-    prepare_tiny(tmp_path)
-    lines = [json.dumps({"at_s": at_s, "process": name, "action": action}) for at_s, name, action in PLAN]
-    (tmp_path / "faults.txt").write_text("\n".join(lines), encoding="utf-8")
+def simulated(folder: Path, plan: list[dict[str, Any]]) -> dict[str, Any]:
+    """What `dipaco simulate --compare --json` says of tiny.yaml in this folder under the lines of a plan."""
+    (folder / "faults.txt").write_text("".join(json.dumps(line) + "\n" for line in plan), encoding="utf-8")
     words = ["simulate", "tiny.yaml", "--workers", "2", "--preempt", "plan:faults.txt", "--compare", "--run-dir", "run"]
     done = subprocess.run(
         [sys.executable, "-m", "dipaco", *words, "--json"],
-        cwd=tmp_path,
+        cwd=folder,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=280,
     )
     assert done.returncode == 0, done.stderr
-    outcome = json.loads(done.stdout)
+    outcome: dict[str, Any] = json.loads(done.stdout)
+    return outcome
+
+
+def test_a_simulation_ends_with_the_bits_of_the_undisturbed_run(
+    tmp_path: Path, prepare_tiny: Callable[[Path], Path]
+) -> None:
+    prepare_tiny(tmp_path)
+    outcome = simulated(tmp_path, PLAN)
     assert outcome == json.loads((tmp_path / "run" / "simulation.json").read_text())
     assert outcome["digest"] == outcome["reference_digest"]
     assert outcome["digest_equal"] is True
@@ -58,7 +64,7 @@ def test_a_simulation_ends_with_the_bits_of_the_undisturbed_run(
     assert (tmp_path / "run" / "simulation.html").is_file()
 
 
-BAD_NETWORK = [
+BAD_NETWORK: list[dict[str, Any]] = [
     {"network": "latency=0.01,jitter=0.005,rate=20Mbit,loss=0.01", "seed": 2},
     *({"at_s": 0.0, "process": f"worker-{index}", "action": "start"} for index in (0, 1)),
     {"at_s": 6.0, "process": "worker-0", "action": "drop"},
@@ -74,18 +80,7 @@ BAD_NETWORK = [
 @pytest.mark.slow
 def test_a_bad_network_changes_no_bit_and_is_replayed(tmp_path: Path, prepare_tiny: Callable[[Path], Path]) -> None:
     prepare_tiny(tmp_path)
-    (tmp_path / "faults.txt").write_text("".join(json.dumps(line) + "\n" for line in BAD_NETWORK), encoding="utf-8")
-    words = ["simulate", "tiny.yaml", "--workers", "2", "--preempt", "plan:faults.txt", "--compare", "--run-dir", "run"]
-    done = subprocess.run(
-        [sys.executable, "-m", "dipaco", *words, "--json"],
-        cwd=tmp_path,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
-    assert done.returncode == 0, done.stderr
-    outcome = json.loads(done.stdout)
+    outcome = simulated(tmp_path, BAD_NETWORK)
     assert outcome["digest_equal"] is True
     network = outcome["network"]
     assert network["spec"] == "latency=0.01,jitter=0.005,rate=20000000,loss=0.01"
