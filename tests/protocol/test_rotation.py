@@ -108,7 +108,7 @@ def test_renewing_the_certificates_in_between_shuts_nobody_out(
     before |= handed_out(certs)
     write_certificates(certs, [], now=NOW)
     for token in before | handed_out(certs):
-        exchanged(certs, token)
+        assert exchanged(certs, token) == "", "it is admitted, and stays the one to use"
 
 
 def test_a_join_file_that_was_never_admitted_takes_nobodys_place(certs: Path) -> None:
