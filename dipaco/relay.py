@@ -163,9 +163,9 @@ class Relay:
             await self._whole.wait()
             if not data:
                 return
+            self._counts.passed_bytes += len(data)  # before anybody can have read it
             writer.write(data)
             await writer.drain()
-            self._counts.passed_bytes += len(data)
 
 
 def _pieces(network: Network) -> int:
