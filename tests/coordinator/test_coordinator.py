@@ -285,6 +285,8 @@ def test_below_the_limit_nothing_is_handed_out_until_there_is_room(
     async def script(run: Played) -> None:
         lease = await run.until_leased("TRAIN")
         outcome = run.compute(lease)
+        beat = HeartbeatArgs(run.worker_id, lease.task_id, lease.fence)
+        assert not (await run.coordinator.heartbeat(beat)).lost  # however long the computing took
         disk.free = 50_000_000
         await run.until(lambda: run.coordinator._room.waiting)
         with pytest.raises(WaitingForRoom, match=r"waiting for room: 50 MB free at .*, needs 100 MB"):
@@ -295,7 +297,7 @@ def test_below_the_limit_nothing_is_handed_out_until_there_is_room(
         assert refused.waiting_for.startswith("waiting for room: 50 MB free")
         assert (await run.coordinator.status())["waiting"] == refused.waiting_for
         await asyncio.sleep(3.5)  # longer than a lease lasts: it must not run out
-        assert not (await run.coordinator.heartbeat(HeartbeatArgs(run.worker_id, lease.task_id, lease.fence))).lost
+        assert not (await run.coordinator.heartbeat(beat)).lost
         disk.free = 90_000_000
         await asyncio.sleep(0.1)
         assert run.coordinator._room.waiting, "it does not go on at the very edge"

@@ -91,7 +91,9 @@ def test_a_coordinator_with_few_files_keeps_those_it_needs(tmp_path: Path, expec
             assert worker.is_alive()
             time.sleep(0.02)
         with silent(target.address, SILENT) as connections:
-            assert sum(map(hung_up, connections)) >= SILENT - max_connections(few)
+            deadline = time.monotonic() + PATIENCE_S
+            while sum(map(hung_up, connections)) < SILENT - max_connections(few):
+                assert time.monotonic() < deadline, "connections beyond the most are kept"
             assert target.memory()[1] < few
             over.append(True)
             assert target.digest(worker) == expected
