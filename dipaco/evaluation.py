@@ -59,7 +59,7 @@ class Evaluation:
 
     def run(self) -> dict[str, Any]:
         """The summary of routing.evaluation, with fixed paths (`path:I.J`) beside the routes."""
-        tables = {model: self._losses(model) for model in self._plan.evaluated_models()}
+        tables = {model: self.losses(model) for model in self._plan.evaluated_models()}
         if not next(iter(tables.values())).tokens:
             raise Refused(
                 f"no document of the text has the {MIN_EVALUATED_TOKENS} tokens that an evaluation needs; "
@@ -80,7 +80,8 @@ class Evaluation:
         for domain, perplexity in measured["per_domain"].items():
             summary["per_domain"].setdefault(domain, {}).setdefault(DIPACO, {})[route] = perplexity
 
-    def _losses(self, model: str) -> LossTable:
+    def losses(self, model: str) -> LossTable:
+        """The losses of the text under every path of a model."""
         paths = []
         for path_index in range(self._plan.topology(model).num_paths):
             self._say(f"evaluating {model} path {self._plan.topology(model).path_id(path_index)}")
@@ -172,7 +173,7 @@ def evaluate_run(
     if split is not None:
         raise Refused("--data is measured whole; leave --split out")
     with tempfile.TemporaryDirectory(prefix="dipaco-data-") as scratch:
-        text = _tokenized(snapshot, data, BlobStore(Path(scratch)))
+        text = tokenized(snapshot, data, BlobStore(Path(scratch)))
         return shaped(snapshot, {**Evaluation(snapshot, text, wanted, say).run(), "split": str(data)})
 
 
@@ -198,8 +199,8 @@ def shaped(snapshot: RunSnapshot, summary: dict[str, Any]) -> dict[str, Any]:
     return plain({**summary, "path_load": loads, "tokens": {"evaluated": summary["tokens"]}})
 
 
-def _tokenized(snapshot: RunSnapshot, data: Path, store: BlobStore) -> Text:
-    """The documents of a file as token files, cut as the run's own."""
+def tokenized(snapshot: RunSnapshot, data: Path, store: BlobStore) -> Text:
+    """The documents of a file as token files in `store`, cut as the run's own; raises BadCorpus."""
     nothing_held_out = SplitsConfig(router=0, stop=0, validation=0, test=0)
     config = CorpusConfig(
         source=FilesSource(kind="files", paths=[str(data)]),

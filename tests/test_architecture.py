@@ -167,6 +167,7 @@ FLAGS = {
     "status": {"--join", "--insecure", "--json"},
     "evaluate": {"--data", "--split", "--route", "--json"},
     "generate": {"--prompt", "--tokens", "--temperature", "--top-k", "--seed", "--every", "--path", "--json"},
+    "route": {"--text", "--file", "--data", "--every", "--oracle", "--sample", "--json"},
     "digest": {"--all", "--json"},
     "backup": {"--json"},
     "corpus": {"--samples", "--domain", "--json"},

@@ -11,6 +11,7 @@ from dipaco.commands.corpus import corpus
 from dipaco.commands.digest import digest
 from dipaco.commands.evaluate import evaluate
 from dipaco.commands.generate import generate
+from dipaco.commands.route import route
 from dipaco.commands.run import run
 from dipaco.commands.simulate import simulate
 from dipaco.commands.status import status
@@ -24,5 +25,5 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for command in (run, coordinator, worker, certs, status, evaluate, generate, digest, corpus, simulate, backup):
+for command in (run, coordinator, worker, certs, status, evaluate, generate, route, digest, corpus, simulate, backup):
     app.command()(command)

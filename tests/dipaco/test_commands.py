@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import math
 import os
 import re
 import shutil
@@ -156,6 +157,36 @@ def test_corpus_of_a_run_and_of_its_configuration(folder: Path) -> None:
     assert {sample["domain"] for sample in of_run["samples"]} <= {"recipe", "code", "law", "numbers"}
 
 
+def test_route_shows_the_path_of_a_text_and_why(folder: Path) -> None:
+    text = "stir the onions in butter with salt and pepper until golden"
+    found = answer("route", "runs/tiny", "--text", text, "--every", "16", cwd=folder)
+    (written,) = answer("generate", "runs/tiny", "--prompt", text, "--tokens", "1", cwd=folder)
+    assert found["path"] == written["paths"][0] == next(iter(found["posterior"]))
+    assert sum(found["posterior"].values()) == pytest.approx(1.0)
+    assert (found["tokens"], found["prefix_tokens"], len(found["chunks"])) == (len(text), 16, 3)
+    assert set(found["why"]["domains"]) <= {"recipe", "code", "law", "numbers"}
+    assert len(found["why"]["nearest"]) == len(found["why"]["typical"]) == 3
+    (folder / "text.txt").write_text(text, encoding="utf-8")
+    of_file = answer("route", "runs/tiny", "--file", "text.txt", "--every", "16", cwd=folder)
+    command = [sys.executable, "-m", "dipaco", "route", "runs/tiny", "-", "--every", "16"]
+    piped = subprocess.run(command, cwd=folder, env=ENVIRONMENT, input=text, capture_output=True, text=True, check=True)
+    assert of_file == found
+    assert f"path {found['path']}" in piped.stdout
+    assert f"why path {found['path']}" in piped.stdout
+    assert piped.stderr == ""
+
+
+def test_route_tells_how_far_traffic_is_from_training(folder: Path, write_documents: Callable[..., None]) -> None:
+    write_documents(folder / "traffic.jsonl", per_kind=3)
+    found = answer("route", "runs/tiny", "--data", "traffic.jsonl", "--oracle", cwd=folder)
+    evaluated = answer("evaluate", "runs/tiny", "--data", "traffic.jsonl", "--route", "sequence", cwd=folder)
+    assert found["documents"] == 12
+    assert set(found["load"]) == set(found["training_load"]) == {"0.0", "0.1", "1.0", "1.1"}
+    assert found["drift"]["path_load"]["psi"] >= 0
+    assert found["oracle"]["tokens"] == evaluated["tokens"]["evaluated"]
+    assert math.exp(found["oracle"]["router_loss"]) == pytest.approx(evaluated["perplexity"]["dipaco"]["sequence"])
+
+
 def test_generate_shows_the_path_and_repeats_with_the_seed(folder: Path) -> None:
     arguments = ("generate", "runs/tiny", "--prompt", "stir the onions", "--tokens", "12", "--seed", "7")
     (first,) = answer(*arguments, cwd=folder)
@@ -175,6 +206,7 @@ def test_generate_shows_the_path_and_repeats_with_the_seed(folder: Path) -> None
         ("base", ["evaluate", "--route", "sequence"]),
         ("mixture", ["generate", "--path", "0.0", "--prompt", "x"]),
         ("base", ["generate"]),
+        ("base", ["route", "--text", "x"]),
     ],
 )
 def test_a_damaged_module_is_never_served(
@@ -223,6 +255,16 @@ def test_text_that_is_too_short_is_told_by_how_much_it_takes(folder: Path, monke
         (["evaluate", "runs/tiny", "--split", "train"], "split 'train' is none of validation, test"),
         (["evaluate", "runs/tiny", "--split", "test", "--data", "tiny.yaml"], "leave --split out"),
         (["generate", "runs/tiny", "--path", "9.9", "--prompt", "x"], "there is no path '9.9'"),
+        (["route", "nowhere", "--text", "x"], "there is no run directory nowhere"),
+        (["route", "runs/tiny"], "give one of --text TEXT, --file FILE, --data FILE, or - to read"),
+        (["route", "runs/tiny", "--text", "x", "--data", "tiny.yaml"], "give one of --text TEXT, --file FILE"),
+        (["route", "runs/tiny", "some", "--text", "x"], "'some' is no input; give a text as --text"),
+        (["route", "runs/tiny", "--text", ""], "there is nothing to route: the text is empty"),
+        (["route", "runs/tiny", "--file", "nowhere.txt"], "No such file or directory (nowhere.txt)"),
+        (["route", "runs/tiny", "--file", "runs/tiny/state.db"], "runs/tiny/state.db is not UTF-8 text (byte"),
+        (["route", "runs/tiny", "--data", "nowhere.txt"], "nowhere.txt"),
+        (["route", "runs/tiny", "--data", "tiny.yaml", "--every", "4"], "--every is for one text; `dipaco evaluate"),
+        (["route", "runs/tiny", "--text", "x", "--oracle"], "--oracle needs --data"),
         (["digest", "."], ". is not a run directory"),
         (["status", "127.0.0.1:1"], "nobody answers at 127.0.0.1:1"),
         (["status", "nowhere"], "there is no run directory nowhere"),
