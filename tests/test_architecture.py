@@ -29,7 +29,7 @@ MAY_IMPORT = {
 }
 MAY_USE_GRPC = {"service.py", "server.py", "client.py"}
 TORCH_FREE = ["configs", "protocol", "model.topology", "model.layout", "model.inner_state", "corpus"]
-TORCH_FREE += [f"routing.{name}" for name in ("frozen", "gating", "sharding")]
+TORCH_FREE += [f"routing.{name}" for name in ("agreement", "drift", "frozen", "gating", "neighbours", "sharding")]
 TORCH_FREE += [
     f"coordinator.{name}"
     for name in (
