@@ -119,7 +119,7 @@ def shard_data(snapshot: RunSnapshot, files: ExitStack) -> list[tuple[Any, int]]
     data = []
     for shard in snapshot.state.shards_of(MIXTURE):
         opened = [files.enter_context(TokenFile.open(snapshot.store.path(ref.digest))) for ref in shard.files]
-        batches = shard_batches(opened, snapshot.config.experiment, snapshot.plan.order_seed(MIXTURE, shard.shard))
+        batches = shard_batches(opened, snapshot.config.experiment, snapshot.plan.order_seed(MIXTURE, shard.shard, 0))
         data.append((batches, shard.training_tokens))
     return data
 
