@@ -211,6 +211,7 @@ def _check(table: Table) -> None:
         budgets = [BASE_BUDGET, *(headline.budgets if headline and row.name in scaled else [])]
         for budget in budgets:
             config = configured(table, row, table.seeds[0], budget, None)
+        _check_the_measure(table, row, config)
         _check_routes(table, row, config)
         models = [DIPACO, *(baseline.name for baseline in config.experiment.baselines)]
         if row.model not in models:
@@ -222,6 +223,27 @@ def _check(table: Table) -> None:
         for route in headline.routes if headline else []:
             if route not in routes:
                 raise InvalidConfig(f"headline.routes has {route!r}, by which candidate {name!r} is not measured")
+
+
+def _check_the_measure(table: Table, row: Row, config: Config) -> None:
+    """What is read and how it is measured is the same for everybody."""
+    frozen, own = (_measure(each) for each in (table.experiment, config.experiment))
+    for key, value in own.items():
+        if value != frozen[key]:
+            raise InvalidConfig(
+                f"row {row.name!r} has another {key} than the table: perplexities would not be comparable "
+                f"({value} instead of {frozen[key]})"
+            )
+
+
+def _measure(experiment: Experiment) -> dict[str, object]:
+    return {
+        "corpus": experiment.corpus,
+        "tokenizer": experiment.tokenizer,
+        "model.sequence_length": experiment.model.sequence_length,
+        "sharding.prefix_tokens": experiment.sharding.prefix_tokens,
+        "evaluation": experiment.evaluation,
+    }
 
 
 def _check_routes(table: Table, row: Row, config: Config) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from scripts.experiment_measurement import Measurement
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 ONE_PATH = {"levels": [{"modules": 1, "blocks": [0, 1], "embedding": True, "head": True}]}
-DENSE = {"topology": ONE_PATH, "sharding": {"kind": "all"}, "outer": {"kind": "assign"}}
+DENSE = {"topology": ONE_PATH, "sharding": {"kind": "all", "prefix_tokens": 16}, "outer": {"kind": "assign"}}
 Document = dict[str, Any]
 
 
@@ -29,7 +30,7 @@ def tiny_table() -> Document:
         "routes": ["sequence", "every:16", "every:32", "oracle:sequence"],
         "reference": "dense",
         "rows": [
-            {"name": "dense", "label": "dense", "compute": "1x", "tuned_as": "dense", "overrides": DENSE},
+            {"name": "dense", "label": "dense", "compute": "1x", "tuned_as": "dense", "overrides": deepcopy(DENSE)},
             {"name": "kmeans", "label": "k-means", "compute": "4x", "tuned_as": "dipaco"},
             {
                 "name": "product",

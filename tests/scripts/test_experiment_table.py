@@ -68,6 +68,12 @@ def change(document: Document, key: str, value: Any) -> None:
         ("rows.1.routes", ["best"], "route 'best' is none of"),
         ("rows.1.routes", ["sequence", "ensemble:5"], "'ensemble:5' of a topology of 4 paths"),
         ("rows.1.routes", ["sequence", "every:16"], "headline.routes has 'every:32', by which candidate 'kmeans'"),
+        (
+            "rows.0.overrides.sharding",
+            {"kind": "all"},
+            "row 'dense' has another sharding.prefix_tokens than the table: perplexities would not be comparable (32",
+        ),
+        ("rows.1.overrides", {"evaluation.max_sequences": 3}, "row 'kmeans' has another evaluation than the table"),
         ("rows.1.model", "dense", "measures model 'dense'; its run has dipaco"),
         ("rows.1.name", "dense", "row 'dense' stands there twice"),
         ("rows.1.tuned_as", "all", "tuned as 'all', which tune.choices does not have"),
