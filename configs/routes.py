@@ -2,6 +2,7 @@
 
 sequence         the router's choice after the prefix
 every:W          the router's choice, made again every W tokens from the tokens just before
+router:W         the router LM's choice (stage router), made again every W tokens from all tokens before
 likelihood:W     the router's choice at first, then every W tokens the path that explains the tokens so far best
 ensemble:N       the mixture of the N paths with the highest posterior, weighted by how well each explains them
 oracle:sequence  the path with the lowest loss of the sequence itself: a bound, as it looks ahead
@@ -16,7 +17,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-FORMS = "sequence, every:W, likelihood:W, ensemble:N, oracle:sequence, oracle:every:W"
+FORMS = "sequence, every:W, router:W, likelihood:W, ensemble:N, oracle:sequence, oracle:every:W"
 DEFAULT_CHUNK_TOKENS = 32
 _NUMBER = re.compile(r"[1-9][0-9]{0,8}")
 
@@ -29,13 +30,14 @@ class UnknownRoute(ValueError):
 class Route:
     """A route that was named. `interval` in tokens, None where the path is chosen once; `num_paths` of an ensemble."""
 
-    kind: Literal["sequence", "every", "likelihood", "ensemble", "oracle"]
+    kind: Literal["sequence", "every", "router", "likelihood", "ensemble", "oracle"]
     interval: int | None = None
     num_paths: int = 1
 
     @property
     def needs_router(self) -> bool:
-        return self.kind != "oracle"
+        """Whether it asks the router of the features; `router` asks a language model instead."""
+        return self.kind not in ("oracle", "router")
 
     def check(self, num_paths: int) -> None:
         """Raise UnknownRoute where a topology of `num_paths` paths does not offer the route."""
@@ -56,6 +58,8 @@ def parse_route(name: str) -> Route:
             return Route("oracle")
         case ["every"], int(interval):
             return Route("every", interval)
+        case ["router"], int(interval):
+            return Route("router", interval)
         case ["likelihood"], int(interval):
             return Route("likelihood", interval)
         case ["oracle", "every"], int(interval):
@@ -71,10 +75,10 @@ def route_name(name: str) -> str:
     return name
 
 
-def router_intervals(names: Iterable[str]) -> list[int]:
-    """The intervals at which the router itself looks again, ascending."""
+def router_intervals(names: Iterable[str], kind: Literal["every", "router"] = "every") -> list[int]:
+    """The intervals at which the router of the features itself, or the router LM, looks again, ascending."""
     routes = [parse_route(name) for name in names]
-    return sorted({route.interval for route in routes if route.kind == "every" and route.interval})
+    return sorted({route.interval for route in routes if route.kind == kind and route.interval})
 
 
 def chunk_tokens(names: Iterable[str]) -> int:

@@ -16,9 +16,9 @@ from configs.early_stopping import EarlyStoppingConfig
 from configs.execution import Execution
 from configs.routes import parse_route, route_name
 from configs.section import Fraction, PositiveInt, Section
-from configs.stages import EvaluateStage, PretrainStage, ReshardStage, Stage, TrainStage
+from configs.stages import EvaluateStage, PretrainStage, ReshardStage, RouterStage, Stage, TrainStage
 
-_STAGES = re.compile(r"(pretrain)?( ?shard( train( reshard train)*)?)?( ?evaluate)?")
+_STAGES = re.compile(r"(pretrain)?( ?shard( train( reshard train)*( router)?)?)?( ?evaluate)?")
 
 
 class InstalledSource(Section):
@@ -287,6 +287,10 @@ class Experiment(Section):
         return [stage for stage in self.stages if isinstance(stage, ReshardStage)]
 
     @property
+    def router(self) -> RouterStage | None:
+        return next((stage for stage in self.stages if isinstance(stage, RouterStage)), None)
+
+    @property
     def phases(self) -> int:
         """Phases of all train stages together: their count goes on over a re-shard."""
         return sum(stage.phases for stage in self.trains)
@@ -322,7 +326,7 @@ class Experiment(Section):
         if not _STAGES.fullmatch(" ".join(kinds)):
             raise ValueError(
                 f"stages {kinds} must be some of pretrain, shard, train, evaluate in this order, each at most once; "
-                "after train, pairs of reshard and train may follow"
+                "after train, pairs of reshard and train may follow, and after the last train one router"
             )
         if len({stage.inner_steps for stage in self.trains}) > 1:
             steps = ", ".join(str(stage.inner_steps) for stage in self.trains)
@@ -341,32 +345,39 @@ class Experiment(Section):
         return self.pretrain is not None or self.model.init_from is not None
 
     @model_validator(mode="after")
-    def _reshards_have_what_they_need(self) -> Experiment:
-        if not self.reshards:
+    def _stages_that_score_have_what_they_need(self) -> Experiment:
+        scoring: list[ReshardStage | RouterStage] = [*self.reshards, *([self.router] if self.router else [])]
+        if not scoring:
             return self
+        kind, num_paths = scoring[0].kind, self.topology.num_paths
         if self.topology.replicas > 1 or self.sharding.kind == "all":
             raise ValueError(
-                "a reshard stage gives every path the sequences it is best at, so it needs several paths with one "
+                f"a {kind} stage learns which path is best at what, so it needs several paths with one "
                 "shard each: set topology.replicas to 1 and sharding.kind to kmeans, product-kmeans or random"
             )
         if not self._has_base:
-            raise ValueError(
-                "a reshard stage needs features of a trained base: add a pretrain stage or model.init_from"
-            )
+            raise ValueError(f"a {kind} stage starts from a trained base: add a pretrain stage or model.init_from")
         if self.corpus.splits.router == 0:
-            raise ValueError("a reshard stage scores the router split: set corpus.splits.router above 0")
-        num_paths = self.topology.num_paths
+            raise ValueError(f"a {kind} stage scores the router split: set corpus.splits.router above 0")
         if num_paths < 2:
-            raise ValueError("a reshard stage chooses between paths, and this topology has one")
+            raise ValueError(f"a {kind} stage chooses between paths, and this topology has one")
         for stage in self.reshards:
             if stage.candidates is not None and not 2 <= stage.candidates <= num_paths:
                 raise ValueError(f"reshard.candidates must be 2..{num_paths} (the paths), not {stage.candidates}")
+        if self.router and self.tokenizer.kind == "bpe" and self.tokenizer.vocab_size < num_paths:
+            raise ValueError(
+                f"the router LM scores paths by tokens of its vocabulary: tokenizer.vocab_size "
+                f"({self.tokenizer.vocab_size}) must be at least the number of paths ({num_paths})"
+            )
         return self
 
     @model_validator(mode="after")
-    def _ensembles_fit_the_paths(self) -> Experiment:
-        for route in self.evaluation.routes:
-            parse_route(route).check(self.topology.num_paths)
+    def _routes_fit_the_paths(self) -> Experiment:
+        for name in self.evaluation.routes:
+            route = parse_route(name)
+            route.check(self.topology.num_paths)
+            if route.kind == "router" and self.router is None and self.topology.num_paths > 1:
+                raise ValueError(f"route {name!r} needs a router LM: add '- kind: router' after the last train stage")
         return self
 
     @model_validator(mode="after")
@@ -418,8 +429,10 @@ class Experiment(Section):
         if self.sharding.prefix_tokens >= self.model.sequence_length:
             raise ValueError("sharding.prefix_tokens must be below model.sequence_length")
         names = [baseline.name for baseline in self.baselines]
-        if len(set(names)) != len(names) or {"base", "mixture"} & set(names):
-            raise ValueError(f"baseline names {names} must differ from one another and from 'base' and 'mixture'")
+        if len(set(names)) != len(names) or {"base", "mixture", "router"} & set(names):
+            raise ValueError(
+                f"baseline names {names} must differ from one another and from 'base', 'mixture' and 'router'"
+            )
         return self
 
 

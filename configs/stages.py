@@ -62,6 +62,27 @@ class ReshardStage(Section):
     candidates: PositiveInt | None = None
 
 
+class RouterStage(Section):
+    """Train the router LM: the base, on which path is best for the next `window` tokens (DiPaCo Sec 2.4.3 and 7.2.2).
+
+    It takes `steps` in tasks of `inner_steps` on the router split, without warm-up, its rate falling to zero.
+    """
+
+    kind: Literal["router"]
+    steps: PositiveInt
+    inner_steps: PositiveInt
+    # Tokens ahead that a path is best for; one router serves every interval of `router:W`.
+    window: PositiveInt = 64
+    # Of each file of the router split, scored under every path and trained on; null: all of them.
+    max_sequences: PositiveInt | None = None
+
+    @model_validator(mode="after")
+    def _whole_tasks(self) -> RouterStage:
+        if self.steps % self.inner_steps:
+            raise ValueError(f"router.steps ({self.steps}) must be a multiple of its inner_steps ({self.inner_steps})")
+        return self
+
+
 class EvaluateStage(Section):
     """Perplexity of the held-out split for every model and route; writes the report."""
 
@@ -69,6 +90,6 @@ class EvaluateStage(Section):
 
 
 Stage = Annotated[
-    PretrainStage | ShardStage | TrainStage | ReshardStage | EvaluateStage,
+    PretrainStage | ShardStage | TrainStage | ReshardStage | RouterStage | EvaluateStage,
     Field(discriminator="kind"),
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from coordinator.memory import evaluate_bytes
-from coordinator.plan import MIXTURE, Plan, blob
+from coordinator.plan import MIXTURE, ROUTER, Plan, blob
 from coordinator.stage_tasks import featurize_tasks, stage_task
 from coordinator.state import Stage, State, Task, Version
 from protocol.tasks import EvaluateSpec, PathRef
@@ -21,7 +21,28 @@ class EvaluationSteps:
 
     def __init__(self, plan: Plan) -> None:
         self._plan, self._experiment = plan, plan.experiment
-        self.evaluate = (self._route, self._evaluate, self._summarise)
+        self.evaluate = (self._routes, self._evaluate, self._summarise)
+
+    def _routes(self, state: State, stage: Stage) -> list[Task]:
+        return [*self._route(state, stage), *self._look(state, stage)]
+
+    def _look(self, state: State, stage: Stage) -> list[Task]:
+        """What the router LM chooses, where a configured route asks it."""
+        intervals, evaluation = self._plan.router_intervals(), self._experiment.evaluation
+        if not intervals or self._experiment.router is None:
+            return []
+        model, vocab_size = self._experiment.model, self._plan.vocab_size(state)
+        return featurize_tasks(
+            self._plan,
+            state,
+            stage.name,
+            "look",
+            evaluation.split,
+            base=self._plan.path_ref(state, ROUTER, 0),
+            required_bytes=evaluate_bytes(model, vocab_size, device=self._plan.numerics.device),
+            intervals=intervals,
+            max_sequences=evaluation.max_sequences,
+        )
 
     def _route(self, state: State, stage: Stage) -> list[Task]:
         router = self._plan.router(state) if MIXTURE in self._plan.evaluated_models() else None

@@ -6,12 +6,13 @@ again with the same result. Runs in a thread, off the event loop.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from coordinator.evaluation_steps import BEST_OF_MIXTURE, REPORTED
 from coordinator.plan import BASE, MIXTURE, Plan, seed_of
+from coordinator.router_jobs import RouterJobs
 from coordinator.sharding_jobs import ShardingJobs
 from coordinator.state import State, Task
 from coordinator.task_outputs import outputs_of
@@ -40,6 +41,7 @@ class Jobs:
             "SELECT": sharding.select,
             "GATE": sharding.gate,
             "DIVIDE": sharding.divide,
+            "LABEL": RouterJobs(plan, store, say).label,
             "SUMMARISE": self._summarise,
         }
 
@@ -51,13 +53,19 @@ class Jobs:
 
     def _build(self, task: Task, state: State) -> dict[str, Any]:
         from corpus.builder import build_corpus
+        from corpus.tokenizer import BadTokenizer
 
         experiment = self._plan.experiment
         self._say("building the corpus")
         manifest = build_corpus(experiment.corpus, experiment.tokenizer, self._store, self._progress())
         manifest.ranges_of("train")
-        if experiment.reshards:
+        if experiment.reshards or experiment.router:
             manifest.ranges_of("router")
+        if experiment.router and manifest.vocab_size < self._plan.mixture.num_paths:
+            raise BadTokenizer(
+                f"the router LM scores {self._plan.mixture.num_paths} paths by as many tokens of the vocabulary, and "
+                f"the tokenizer has {manifest.vocab_size}; use a larger one, fewer paths, or no router stage"
+            )
         if experiment.early_stopping is not None:
             manifest.ranges_of("stop")
         if experiment.evaluates:
@@ -136,9 +144,13 @@ class Jobs:
         indices = [part["index"] for part in self._plan.ranges(state, evaluation.split) if part["sequences"]]
         tables = {model: self._table(losses, model, indices) for model in self._plan.evaluated_models()}
         routed = dict(outputs_of(self._store, state, task.stage, "FEATURIZE", "routes"))
-        routes = self._in_order(routed, indices, Routes.from_bytes)
-        table = RouteTable.join(routes) if routes else None
-        summary = summarise(tables, MIXTURE, table, evaluation.routes, self._plan.chunk_tokens())
+        table, looks = (
+            RouteTable.join([Routes.from_bytes(routed[f"{mode}-{index}"]) for index in indices])
+            if any(subject.startswith(f"{mode}-") for subject in routed)
+            else None
+            for mode in ("route", "look")
+        )
+        summary = summarise(tables, MIXTURE, table, evaluation.routes, self._plan.chunk_tokens(), looks=looks)
         if MIXTURE in tables and self._plan.experiment.early_stopping is not None:
             changed = {
                 subject.replace(BEST_OF_MIXTURE, MIXTURE): record
@@ -147,7 +159,9 @@ class Jobs:
             }
             best = self._table(losses | changed, MIXTURE, indices)
             chunk_tokens = self._plan.chunk_tokens()
-            at_best = summarise({MIXTURE: best}, MIXTURE, table, evaluation.routes, chunk_tokens, REPORTED["best"])
+            at_best = summarise(
+                {MIXTURE: best}, MIXTURE, table, evaluation.routes, chunk_tokens, REPORTED["best"], looks
+            )
             summary = beside(summary, at_best)
         return {**summary, "split": evaluation.split}
 
@@ -157,7 +171,3 @@ class Jobs:
 
         paths = range(self._plan.topology(model).num_paths)
         return LossTable.join([[losses[f"{model}-{path_index}-{index}"] for index in indices] for path_index in paths])
-
-    @staticmethod
-    def _in_order(routed: dict[str, bytes], indices: Iterable[int], decode: Callable[[bytes], Any]) -> list[Any]:
-        return [decode(routed[f"route-{index}"]) for index in indices] if routed else []

@@ -147,7 +147,7 @@ class Machine:
             return {"tokens": ExpectedOutput.tokens()}
         if task.kind in ("EVALUATE", "SCORE", STOP):
             return {"losses": ExpectedOutput.record()}
-        name = {"sample": "features", "assign": "assignments", "route": "routes"}[spec.mode]
+        name = {"sample": "features", "assign": "assignments", "route": "routes", "look": "routes"}[spec.mode]
         return {name: ExpectedOutput.record()}
 
     def accepted_uploads(self, task: Task) -> dict[str, ExpectedOutput]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from configs.routes import chunk_tokens, router_intervals
 from configs.schema import Config, Experiment, OuterConfig
-from configs.stages import ReshardStage, TrainStage
+from configs.stages import PretrainStage, ReshardStage, RouterStage, TrainStage
 from coordinator.memory import train_bytes
 from coordinator.outer import contribution_weights
 from coordinator.state import Shard, Stage, State, Task, Version
@@ -28,8 +28,8 @@ from protocol.tasks import (
     parse_spec,
 )
 
-BASE, MIXTURE = "base", "mixture"
-TRAINING = ("pretrain", "train", "baseline")
+BASE, MIXTURE, ROUTER = "base", "mixture", "router"
+TRAINING = ("pretrain", "train", "baseline", "router")
 SHARDING = ("shard", "reshard")
 # The coordinator's own tasks whose result has a router.
 FITTING = ("FIT", "GATE")
@@ -93,17 +93,26 @@ class Plan:
             return self.experiment.outer
         return self.outer_of_baseline.get(model, OuterConfig(kind="assign"))
 
+    def _alone(self, model: str) -> PretrainStage | RouterStage | None:
+        """What is configured for the stage of a model that is trained in steps of its own, where there is one."""
+        return {BASE: self.experiment.pretrain, ROUTER: self.experiment.router}.get(model)
+
     def num_phases(self, model: str) -> int:
-        if model == BASE:
-            pretrain = self.experiment.pretrain
-            return pretrain.steps // pretrain.inner_steps if pretrain else 0
+        if model in (BASE, ROUTER):
+            stage = self._alone(model)
+            return stage.steps // stage.inner_steps if stage else 0
         return self.experiment.phases
 
     def inner_steps(self, model: str) -> int:
-        pretrain = self.experiment.pretrain
-        if model == BASE:
-            return pretrain.inner_steps if pretrain else 0
+        if model in (BASE, ROUTER):
+            stage = self._alone(model)
+            return stage.inner_steps if stage else 0
         return self.experiment.inner_steps
+
+    def total_steps(self, model: str) -> int:
+        """The horizon of the learning rate of a model's paths."""
+        router = self.experiment.router
+        return router.steps if router and model == ROUTER else self.experiment.total_steps
 
     def phases_of(self, stage: Stage) -> range:
         """The phases that a training stage takes its modules through; those of the mixture go on over re-shards."""
@@ -122,9 +131,12 @@ class Plan:
         return found
 
     def first_step(self, model: str) -> int:
-        """The path's step counter when its model starts: the learning rate goes on where the base left it."""
+        """The path's step counter when its model starts: the learning rate goes on where the base left it.
+
+        That of the router LM starts anew.
+        """
         pretrain = self.experiment.pretrain
-        return pretrain.steps if pretrain and model != BASE else 0
+        return pretrain.steps if pretrain and model not in (BASE, ROUTER) else 0
 
     def vocab_size(self, state: State) -> int:
         return int(state.stages["corpus"].result["vocab_size"])
@@ -153,6 +165,9 @@ class Plan:
         for name, each in self._of_mixture:
             rows.append(Stage(name, each.kind, MIXTURE, (before,)))
             before = name
+        if experiment.router:
+            rows.append(Stage("targets", "targets", MIXTURE, (before,)))
+            rows.append(Stage("router", "router", ROUTER, ("targets",)))
         if experiment.trains:
             rows += [Stage(line.name, "baseline", line.name, (trained,)) for line in experiment.baselines]
         if "evaluate" in kinds:
@@ -168,6 +183,10 @@ class Plan:
     def intervals(self) -> list[int]:
         """The intervals at which a configured route asks the router again, tokens."""
         return router_intervals(self.experiment.evaluation.routes)
+
+    def router_intervals(self) -> list[int]:
+        """The same for the router LM."""
+        return router_intervals(self.experiment.evaluation.routes, "router")
 
     def chunk_tokens(self) -> int:
         """The grid on which losses are kept: it divides every interval."""
@@ -240,11 +259,13 @@ class Plan:
             phase=task.phase,
             first_step=self.first_step(model) + task.phase * inner_steps,
             steps=inner_steps,
-            total_steps=experiment.total_steps,
+            total_steps=self.total_steps(model),
             shard_step=shard.steps_done,
             order_seed=self.order_seed(model, shard.shard, task.phase),
             outer=self.outer(model).kind,
             numerics=self.numerics,
+            objective="router" if model == ROUTER else "lm",
+            targets=[blob(state.stages["targets"].result["targets"])] if model == ROUTER else [],
             resume=None if task.independent else task.checkpoint,
             required_bytes=train_bytes(
                 experiment.model,

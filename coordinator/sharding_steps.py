@@ -11,11 +11,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from coordinator.memory import evaluate_bytes
 from coordinator.plan import BASE, MIXTURE, Plan, blob, seed_of
-from coordinator.stage_tasks import featurize_tasks, local_result, stage_task
+from coordinator.stage_tasks import featurize_tasks, gather_task, local_result, score_tasks, stage_task
 from coordinator.state import Shard, Stage, State, Task
-from protocol.tasks import EvaluateSpec, PackSpec
 
 Step = Callable[[State, Stage], list[Task]]
 
@@ -59,11 +57,8 @@ class ShardingSteps:
         return [stage_task(stage.name, "DIVIDE", "shards")]
 
     def _gather(self, state: State, stage: Stage) -> list[Task]:
-        files = [blob(part["file"]) for part in self._plan.ranges(state, "train") if part["sequences"]]
         return [
-            stage_task(
-                stage.name, "PACK", shard, PackSpec(mode="gather", files=files, manifest=blob(entry["manifest"]))
-            )
+            gather_task(self._plan, state, stage.name, "train", shard, blob(entry["manifest"]))
             for shard, entry in enumerate(local_result(state, stage.name, "DIVIDE")["shards"])
         ]
 
@@ -79,27 +74,9 @@ class ShardingSteps:
     def _score(self, state: State, stage: Stage) -> list[Task]:
         """Losses of the router sequences under each path: all of them, or those that have it among their candidates."""
         selected = local_result(state, stage.name, "SELECT")["selections"]
-        return [
-            stage_task(
-                stage.name,
-                "SCORE",
-                f"{path_index}-{part['index']}",
-                EvaluateSpec(
-                    path=self._plan.path_ref(state, MIXTURE, path_index),
-                    tokens=blob(part["file"]),
-                    prefix_tokens=self._experiment.sharding.prefix_tokens,
-                    chunk_tokens=self._plan.chunk_tokens(),
-                    numerics=self._plan.numerics,
-                    selection=blob(selected[f"{path_index}-{part['index']}"]),
-                    required_bytes=evaluate_bytes(
-                        self._experiment.model, self._plan.vocab_size(state), device=self._plan.numerics.device
-                    ),
-                ),
-            )
-            for path_index in range(self._plan.mixture.num_paths)
-            for part in self._plan.ranges(state, "router")
-            if f"{path_index}-{part['index']}" in selected
-        ]
+        selections = {subject: blob(pair) for subject, pair in selected.items()}
+        grid = self._plan.chunk_tokens()
+        return score_tasks(self._plan, state, stage.name, chunk_tokens=grid, selections=selections)
 
     def _gate(self, state: State, stage: Stage) -> list[Task]:
         return [stage_task(stage.name, "GATE", "router")]

@@ -11,6 +11,7 @@ from typing import Any
 from coordinator.early_stopping import EarlyStopping
 from coordinator.evaluation_steps import EvaluationSteps
 from coordinator.plan import BASE, MIXTURE, TRAINING, Plan, blob
+from coordinator.router_steps import RouterSteps
 from coordinator.sharding_steps import ShardingSteps, Step
 from coordinator.stage_tasks import local_result, stage_task
 from coordinator.state import Module, Row, Shard, Stage, State, Task
@@ -23,12 +24,13 @@ class StageSteps:
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self.experiment = plan.experiment
-        self._sharding = ShardingSteps(plan)
+        self._sharding, self._router = ShardingSteps(plan), RouterSteps(plan)
         self._steps: dict[str, tuple[Step, ...]] = {
             "corpus": (self._build, self._tokenize),
             "initialise": (self._initialise,),
             "shard": self._sharding.shard,
             "reshard": self._sharding.reshard,
+            "targets": self._router.targets,
             "evaluate": EvaluationSteps(plan).evaluate,
         }
 
@@ -39,6 +41,8 @@ class StageSteps:
         rows: list[Row] = []
         if stage.kind == "baseline":
             rows += self._fork(state, stage.model, [self._sharding.forked(state, stage.model)])
+        if stage.kind == "router":
+            rows += self._fork(state, stage.model, [self._router.shard(state)])
         if stage.kind in TRAINING:
             shards = [row for row in rows if isinstance(row, Shard)] or state.shards_of(stage.model)
             return rows + [self.plan.train_task(stage, shard) for shard in shards]
@@ -63,6 +67,8 @@ class StageSteps:
         if stage.kind == "reshard":
             result, shards = self._sharding.concluded(state, stage)
             return result, [*shards, *EarlyStopping(self.plan).reset(state)]
+        if stage.kind == "targets":
+            return self._router.concluded(state, stage), []
         if stage.kind == "evaluate":
             return dict(local_result(state, stage.name)), []
         return {}, []

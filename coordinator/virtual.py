@@ -316,7 +316,9 @@ def _pair(*parts: object) -> list[Any]:
 def local_result(task: Task, plan: Plan) -> dict[str, Any]:
     """What the coordinator's own tasks answer where there is no text and no tensor."""
     if task.kind == "BUILD":
-        splits = ["train", "train", "validation", "test", *(["router"] if plan.experiment.reshards else [])]
+        experiment = plan.experiment
+        scored = ["router"] if experiment.reshards or experiment.router else []
+        splits = ["train", "train", "validation", "test", *scored]
         splits += ["stop"] if plan.experiment.early_stopping is not None else []
         ranges = [{"index": index, "split": split, "text": _pair("text", index)} for index, split in enumerate(splits)]
         return {"vocab_size": 64, "tokenizer": _pair("tokenizer"), "ranges": ranges}
@@ -329,6 +331,8 @@ def local_result(task: Task, plan: Plan) -> dict[str, Any]:
         return {"selections": {subject: _pair("selection", subject) for subject in scored}}
     if task.kind == "GATE":
         return {"router": _pair("gater", task.stage), "gater": {}}
+    if task.kind == "LABEL":
+        return {"targets": _pair("targets"), "manifest": _pair("labelled"), "sequences": 1, "labelled_tokens": 1}
     if task.kind == "DIVIDE":
         # Without "stop" every path is measured on all of the split, which takes as long here.
         return {"shards": [{"manifest": _pair("manifest", shard)} for shard in range(plan.mixture.num_shards)]}

@@ -9,13 +9,13 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from configs.routes import UnknownRoute, chunk_tokens, parse_route, router_intervals
 from configs.schema import CorpusConfig, FilesSource, SplitsConfig, TokenizerConfig
-from coordinator.plan import MIXTURE, blob
+from coordinator.plan import MIXTURE, ROUTER, blob
 from coordinator.snapshot import RunSnapshot
 from corpus.builder import build_corpus, tokenize_range
 from corpus.tokenizer import Tokenizer
@@ -67,7 +67,8 @@ class Evaluation:
             )
         wants_router = MIXTURE in tables and any(parse_route(route).needs_router for route in self._routes)
         routes = self._routed() if wants_router else None
-        summary = summarise(tables, MIXTURE, routes, self._routes, self._chunk_tokens)
+        looks = self._looked() if MIXTURE in tables else None
+        summary = summarise(tables, MIXTURE, routes, self._routes, self._chunk_tokens, looks=looks)
         for route in self._fixed:
             self._add_path(summary, tables[MIXTURE], route)
         return summary
@@ -107,17 +108,30 @@ class Evaluation:
         if router is None:
             return None
         self._say("routing")
-        experiment, base = self._snapshot.config.experiment, self._plan.base_path(self._state)
+        base, intervals = self._plan.base_path(self._state), router_intervals(self._routes)
+        return self._route_table("route", base, intervals, router)
+
+    def _looked(self) -> RouteTable | None:
+        """What the router LM chooses, where a route asks it and the run has it."""
+        intervals = router_intervals(self._routes, "router")
+        if not intervals or not self._state.modules_of(ROUTER):
+            return None
+        self._say("routing by the router LM")
+        return self._route_table("look", self._plan.path_ref(self._state, ROUTER, 0), intervals)
+
+    def _route_table(
+        self, mode: Literal["route", "look"], base: PathRef, intervals: list[int], router: BlobRef | None = None
+    ) -> RouteTable:
         records = []
         for tokens in self._text.files:
             spec = FeaturizeSpec(
-                mode="route",
+                mode=mode,
                 base=base,
                 tokens=tokens,
-                prefix_tokens=experiment.sharding.prefix_tokens,
+                prefix_tokens=self._snapshot.config.experiment.sharding.prefix_tokens,
                 numerics=self._plan.numerics,
                 router=router,
-                intervals=router_intervals(self._routes),
+                intervals=intervals,
                 max_sequences=self._text.max_sequences,
             )
             records.append(Routes.from_bytes(self._output(spec, base, "routes")))
@@ -158,9 +172,9 @@ def evaluate_run(
     for model in snapshot.plan.evaluated_models():
         snapshot.modules(model)
     evaluation = snapshot.config.experiment.evaluation
-    for route in routes or []:
-        _check(route, snapshot)
     wanted = list(routes or evaluation.routes)
+    for route in wanted:
+        _check(route, snapshot)
     if data is None:
         split = split or evaluation.split
         if split not in HELD_OUT:
@@ -187,6 +201,11 @@ def _check(route: str, snapshot: RunSnapshot) -> None:
     except UnknownRoute as error:
         raise UnknownRoute(f"{error}, nor {FIXED}I.J") from None
     known.check(snapshot.topology.num_paths)
+    if known.kind == "router" and snapshot.topology.num_paths > 1:
+        stage = snapshot.state.stages.get(ROUTER)
+        if stage is None or stage.status != "done":
+            why = "let the run go on first" if stage else "its stages have no router"
+            raise Refused(f"route {route!r} needs a trained router LM, which this run has not: {why}")
 
 
 def shaped(snapshot: RunSnapshot, summary: dict[str, Any]) -> dict[str, Any]:

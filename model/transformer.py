@@ -236,18 +236,26 @@ class PathModel(nn.Module):
         assert isinstance(weight, Tensor)
         return weight
 
-    def logits(self, hidden: Float[Tensor, "... H"]) -> Float[Tensor, "... V"]:
-        """Scores of the next token from normed hidden states."""
-        return F.linear(hidden, self.head_weight)
+    def logits(self, hidden: Float[Tensor, "... H"], num_classes: int | None = None) -> Float[Tensor, "... V"]:
+        """Scores of the next token from normed hidden states; of the first `num_classes` tokens alone, where set."""
+        return F.linear(hidden, self.head_weight if num_classes is None else self.head_weight[:num_classes])
 
     def token_losses(self, hidden: Float[Tensor, "N H"], targets: Int[Tensor, " N"]) -> Float[Tensor, " N"]:
         """Cross-entropy of each target in nats, in float32, without gradients."""
         return token_cross_entropy(hidden, self.head_weight, targets)
 
     def loss_sum_and_count(
-        self, hidden: Float[Tensor, "B T H"], targets: Int[Tensor, "B T"], weights: Bool[Tensor, "B T"]
+        self,
+        hidden: Float[Tensor, "B T H"],
+        targets: Int[Tensor, "B T"],
+        weights: Bool[Tensor, "B T"],
+        num_classes: int | None = None,
     ) -> tuple[Float[Tensor, ""], int]:
-        """Summed cross-entropy in nats of the targets whose weight is true, and how many they are."""
+        """Summed cross-entropy in nats of the targets whose weight is true, and how many they are.
+
+        `num_classes`: the softmax runs over the first so many tokens of the vocabulary (None: over all).
+        """
         counted = weights.flatten().nonzero().squeeze(-1)  # (N,)
         kept = hidden.flatten(0, 1).index_select(0, counted)
-        return linear_cross_entropy(kept, self.head_weight, targets.flatten()[counted]), counted.numel()
+        head = self.head_weight if num_classes is None else self.head_weight[:num_classes]
+        return linear_cross_entropy(kept, head, targets.flatten()[counted]), counted.numel()

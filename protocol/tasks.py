@@ -83,11 +83,11 @@ class FeaturizeSpec(Message):
 
     `sample`: output `features`, a seeded sample of z. `assign`: output `assignments`, the `top_n` shards of every
     sequence. `route`: output `routes`, the path of every evaluated sequence and of its chunks for each interval
-    (tokens).
+    (tokens). `look`: output `routes`, the same by the router LM, which stands in `base` and reads the whole text.
     """
 
     kind: Literal["featurize"] = "featurize"
-    mode: Literal["sample", "assign", "route"]
+    mode: Literal["sample", "assign", "route", "look"]
     base: PathRef
     tokens: BlobRef
     prefix_tokens: int
@@ -128,8 +128,9 @@ class TrainSpec(Message):
     """`steps` inner steps of one shard on its path, from module versions and the shard's inner state.
 
     `first_step` is the path's step counter (learning rate), `shard_step` the steps already done in the shard (data
-    cursor), `resume` the progress of an earlier holder to go on from. Outputs: one contribution per module id (start
-    minus end; for `assign` the end itself), and `inner_state` where kept.
+    cursor), `resume` the progress of an earlier holder to go on from. `objective`: `lm` predicts the next token,
+    `router` the path in `targets`, token files of path indices that stand in the places of the shard's tokens. Outputs:
+    one contribution per module id (start minus end; for `assign` the end itself), and `inner_state` where kept.
     """
 
     kind: Literal["train"] = "train"
@@ -148,6 +149,8 @@ class TrainSpec(Message):
     numerics: Numerics
     resume: Checkpoint | None = None
     required_bytes: Count = 0
+    objective: Literal["lm", "router"] = "lm"
+    targets: list[BlobRef] = []
 
 
 class EvaluateSpec(Message):

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from configs.routes import parse_route
 from routing.prediction import Prediction, chosen, oracle, predict
@@ -47,14 +48,18 @@ def summarise(
     wanted: Sequence[str],
     chunk_tokens: int,
     name: str = "dipaco",
+    looks: RouteTable | None = None,
 ) -> dict[str, Any]:
     """The report's numbers: every model but `mixture` by its name, the mixture as `name` by route.
 
     Keys: perplexity, bits_per_byte {model: x, name: {route: x}}, per_domain {domain: {model: x, name: {route: x}}},
-    path_load {route: [share a path]}, tokens, oracle_agreement (share of counted tokens routed as oracle:sequence).
-    Routes that need a router are left out where there is none. Raises what `predict` does.
+    path_load {route: [share a path]}, tokens, oracle_agreement (share of counted tokens routed as oracle:sequence),
+    route_accuracy {route: share of counted tokens routed as the oracle of the same interval} of routes that choose one
+    path a chunk. Routes that need a router are left out where there is none; `looks` are those of the router LM.
+    Raises what `predict` does.
     """
     summary: dict[str, Any] = {"perplexity": {}, "bits_per_byte": {}, "per_domain": {}, "path_load": {}}
+    summary["route_accuracy"] = {}
     for model, table in tables.items():
         summary["tokens"] = table.tokens
         if model != mixture:
@@ -63,11 +68,16 @@ def summarise(
         no_router = routes is None and table.num_paths > 1
         routed = [route for route in wanted if not (no_router and parse_route(route).needs_router)]
         for route in routed:
-            measured = measures(table, predict(route, table, routes, chunk_tokens))
+            prediction = predict(route, table, routes, chunk_tokens, looks)
+            measured = measures(table, prediction)
             _enter(summary, measured, name, route)
             summary["path_load"][route] = measured["path_load"]
+            if prediction.choice is not None and table.num_paths > 1 and parse_route(route).kind != "oracle":
+                interval = parse_route(route).interval
+                width = interval // chunk_tokens if interval else table.num_chunks
+                summary["route_accuracy"][route] = _agreement(table, prediction.choice, width)
         if routes is not None and table.num_paths > 1:
-            summary["oracle_agreement"] = _agreement(table, routes)
+            summary["oracle_agreement"] = _agreement(table, routes.sequence[:, None], table.num_chunks)
     return summary
 
 
@@ -96,6 +106,7 @@ def _put(target: dict[str, Any], value: float, model: str, route: str | None) ->
         target.setdefault(model, {})[route] = value
 
 
-def _agreement(table: LossTable, routes: RouteTable) -> float:
-    same = oracle(table, table.num_chunks) == routes.sequence[:, None]
+def _agreement(table: LossTable, choice: npt.NDArray[np.int64], width: int) -> float:
+    """The share of counted tokens whose path is the best one of their `width` chunks."""
+    same = oracle(table, width) == choice
     return float((table.count * same).sum() / max(1, table.tokens))

@@ -1,8 +1,9 @@
 """What a route predicts, from the losses of all paths: a loss for every chunk, and the load on every path. Pure numpy.
 
-`sequence`, `every`, `likelihood` and the oracles choose one path a chunk. `ensemble` mixes paths, and is still a
-causal prediction: by the chain rule its chunks' losses sum up to -log sum_k w_k exp(-L_k), L_k the loss of the sequence
-under path k. Both of the last two follow from Bayes' rule with the router's posterior after the prefix as prior.
+`sequence`, `every`, `router`, `likelihood` and the oracles choose one path a chunk. `ensemble` mixes paths, and is
+still a causal prediction: by the chain rule its chunks' losses sum up to -log sum_k w_k exp(-L_k), L_k the loss of the
+sequence under path k. Both of the last two follow from Bayes' rule with the router's posterior after the prefix as
+prior.
 
 Legend: N sequences, C chunks of the loss grid, G groups of chunks, P paths, K paths of an ensemble.
 """
@@ -29,14 +30,20 @@ class NoRouter(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """Losses (nats) of a route, and the share that each path has in predicting the counted tokens."""
+    """Losses (nats) of a route, and the share that each path has in predicting the counted tokens.
+
+    `choice`: the path of each chunk, where one path predicts it.
+    """
 
     losses: Float64[np.ndarray, "N C"]
     load: Float64[np.ndarray, " P"]
+    choice: Int64[np.ndarray, "N C"] | None = None
 
 
-def predict(name: str, table: LossTable, routes: RouteTable | None, chunk_tokens: int) -> Prediction:
-    """The prediction of a route; a topology of one path needs no router.
+def predict(
+    name: str, table: LossTable, routes: RouteTable | None, chunk_tokens: int, looks: RouteTable | None = None
+) -> Prediction:
+    """The prediction of a route; a topology of one path needs no router. `looks`: what the router LM chose.
 
     Raises UnknownRoute, NoRouter, and MalformedRecord where the router knows other paths than the table.
     """
@@ -47,11 +54,15 @@ def predict(name: str, table: LossTable, routes: RouteTable | None, chunk_tokens
     width = route.interval // chunk_tokens if route.interval else table.num_chunks
     if route.kind == "oracle":
         return chosen(table, oracle(table, width))
+    groups = _Groups.of(table.num_chunks, width)
+    if route.kind == "router":
+        if looks is None:
+            raise NoRouter(f"route {name!r} needs a router LM, and this run has none (stages has no router)")
+        assert route.interval is not None
+        return chosen(table, groups.spread(_fitting(looks, table).every[route.interval]))
     if routes is None:
         raise NoRouter(f"route {name!r} needs a router, and this run has none (sharding.kind is random)")
-    if routes.num_paths != table.num_paths:
-        raise MalformedRecord(f"the router chose between {routes.num_paths} paths, the mixture has {table.num_paths}")
-    groups = _Groups.of(table.num_chunks, width)
+    routes = _fitting(routes, table)
     match route.kind:
         case "sequence":
             return chosen(table, groups.spread(routes.sequence[:, None]))
@@ -62,6 +73,13 @@ def predict(name: str, table: LossTable, routes: RouteTable | None, chunk_tokens
             return chosen(table, groups.spread(_likeliest(table, routes, groups)))
         case "ensemble":
             return _mixed(table, routes, route.num_paths)
+
+
+def _fitting(routes: RouteTable, table: LossTable) -> RouteTable:
+    """The routes themselves; raises MalformedRecord where they are over other paths than the table."""
+    if routes.num_paths != table.num_paths:
+        raise MalformedRecord(f"the router chose between {routes.num_paths} paths, the mixture has {table.num_paths}")
+    return routes
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +102,7 @@ class _Groups:
 def chosen(table: LossTable, choice: Int64[np.ndarray, "N C"]) -> Prediction:
     """One path a chunk; its load is its share of the counted tokens."""
     load = np.bincount(choice.ravel(), table.count.ravel(), minlength=table.num_paths)
-    return Prediction(table.under(choice), load / max(1, table.tokens))
+    return Prediction(table.under(choice), load / max(1, table.tokens), choice)
 
 
 def oracle(table: LossTable, width: int) -> Int64[np.ndarray, "N C"]:

@@ -3,7 +3,7 @@
 Batches are a pure function of the file and the spec, by groups of like length, so that neither the machine nor the
 number of workers changes a loss. Chunk c holds the targets prefix + 1 + c * W .. prefix + (c + 1) * W.
 
-Legend: N evaluated sequences, C chunks, B sequences of a batch, M counted targets of them, W chunk_tokens.
+Legend: N evaluated sequences, C chunks, B sequences of a batch, T tokens, M counted targets, W chunk_tokens.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Float64, Int64, Integer
+from jaxtyping import Float64, Int32, Int64, Integer
 
 from configs.schema import Experiment
 from corpus.token_file import TokenFile
@@ -137,15 +137,21 @@ def batches(lengths: Integer[np.ndarray, " N"], batch_tokens: int) -> Iterator[I
         start = end
 
 
-@torch.no_grad()
-def _target_losses(path: PathModel, compute: Compute, sequences: list[np.ndarray], prefix_tokens: int) -> np.ndarray:
-    """float64 losses of the counted targets of the sequences, laid end to end."""
+def padded(sequences: list[np.ndarray]) -> tuple[Int64[np.ndarray, "B T"], Int32[np.ndarray, "B T"]]:
+    """Tokens of a batch, and their sequence index: 0, and -1 behind the end of a sequence."""
     shape = (len(sequences), max(len(tokens) for tokens in sequences))
     tokens, sequence_index = np.zeros(shape, np.int64), np.full(shape, -1, np.int32)
     for line, sequence in enumerate(sequences):
         tokens[line, : len(sequence)] = sequence
         sequence_index[line, : len(sequence)] = 0
-    counted = np.zeros(shape, bool)  # tokens whose next token is a counted target
+    return tokens, sequence_index
+
+
+@torch.no_grad()
+def _target_losses(path: PathModel, compute: Compute, sequences: list[np.ndarray], prefix_tokens: int) -> np.ndarray:
+    """float64 losses of the counted targets of the sequences, laid end to end."""
+    tokens, sequence_index = padded(sequences)
+    counted = np.zeros(tokens.shape, bool)  # tokens whose next token is a counted target
     counted[:, prefix_tokens:-1] = sequence_index[:, prefix_tokens + 1 :] >= 0
     targets = tokens[:, 1:][counted[:, :-1]]
     device = compute.device

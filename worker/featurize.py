@@ -21,11 +21,12 @@ from protocol.tasks import FeaturizeSpec, MalformedMessage, TaskResult
 from routing.features import features_of, first_prefix, prefix_before
 from routing.frozen import FrozenRouter, read_router
 from routing.records import Assignments, Features, Routes, evaluated_positions
+from worker.look import look
 from worker.numerics import applied
 from worker.outcome import Progress, TaskOutcome, blob_of, no_progress
 from worker.task_path import path_for_reading
 
-OUTPUTS = {"sample": "features", "assign": "assignments", "route": "routes"}
+OUTPUTS = {"sample": "features", "assign": "assignments", "route": "routes", "look": "routes"}
 # Prefixes between two reports of progress; batches never depend on the machine, but do end here.
 _SLICE_SEQUENCES = 1024
 
@@ -67,6 +68,8 @@ def run_featurize(
             record = _sample(spec, file, z_of)
         elif spec.mode == "assign":
             record = _assign(spec, file, _router(router_path), z_of)
+        elif spec.mode == "look":
+            record = look(spec, experiment, file, base, compute, tally.add)
         else:
             record = _route(spec, experiment.model.sequence_length, file, _router(router_path), z_of)
     name = OUTPUTS[spec.mode]

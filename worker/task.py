@@ -26,7 +26,7 @@ def inputs(spec: AnySpec) -> dict[str, list[BlobRef]]:
             state = {"checkpoints": [spec.resume.blob]}
         else:
             state = {"inner_state": _present(spec.inner_state)}
-        return {"modules": _modules(spec.path), **state, "other": list(spec.tokens)}
+        return {"modules": _modules(spec.path), **state, "other": [*spec.tokens, *spec.targets]}
     if isinstance(spec, FeaturizeSpec):
         return {"modules": _modules(spec.base), "other": _present(spec.tokens, spec.router)}
     if isinstance(spec, EvaluateSpec):
@@ -57,7 +57,8 @@ def run_task(
 
         tokens = [files[blob.digest] for blob in spec.tokens]
         state = None if spec.resume else _file(files, spec.inner_state)
-        return run_train(spec, experiment, vocab_size, modules, tokens, state, out_dir, progress, checkpoints)
+        targets = [files[blob.digest] for blob in spec.targets]
+        return run_train(spec, experiment, vocab_size, modules, tokens, state, out_dir, progress, checkpoints, targets)
     token_file = files[spec.tokens.digest]
     if isinstance(spec, FeaturizeSpec):
         from worker.featurize import run_featurize

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from configs.schema import Experiment
-from corpus.rows import IGNORED, Batch, Rows, batch, pack_rows
+from corpus.rows import IGNORED, Batch, batch, pack_rows
 from corpus.token_file import TokenFile
 from model import tensor_file
 from model.layout import level_tensors
@@ -30,9 +30,9 @@ from protocol.tasks import BlobRef, Checkpoint, TaskResult, TrainSpec
 from worker.checkpoints import Checkpoints, Snapshot
 from worker.inner_optimizer import InnerOptimizer, NonFiniteStep
 from worker.numerics import Compute, applied
+from worker.objective import Objective, objective_of
 from worker.outcome import HandedBack, Progress, TaskOutcome, no_progress
-from worker.schedule import learning_rate
-from worker.task_path import BASE, MIXTURE, path_for_task, topology_of
+from worker.task_path import path_for_task, topology_of
 
 INNER_STATE = "inner_state"
 
@@ -47,23 +47,28 @@ def run_train(
     out_dir: Path,
     progress: Progress = no_progress,
     checkpoints: Checkpoints | None = None,
+    target_paths: Sequence[Path] = (),
 ) -> TaskOutcome:
     """Run the task; outputs a contribution a module id (start minus end; `assign`: the end) and, if kept, inner_state.
 
     `module_paths`: one file per module id of the path. `checkpoints` takes partial progress on the way, and holds that
-    of an earlier holder where the spec has one. Raises NonFiniteStep, TensorMismatch, UnsupportedNumerics.
+    of an earlier holder where the spec has one. `target_paths`: what stands in the places of the tokens, for objective
+    `router`. Raises NonFiniteStep, TensorMismatch, UnsupportedNumerics; MalformedMessage and MalformedRecord for
+    targets of other tokens or paths.
     """
     begin = time.monotonic()
     with applied(spec.numerics) as compute, ExitStack() as files:
+        token_files = [files.enter_context(TokenFile.open(item)) for item in token_paths]
+        labels = [files.enter_context(TokenFile.open(item)) for item in target_paths]
+        objective = objective_of(spec, experiment, token_files, labels)
         path = path_for_task(spec.path, experiment, vocab_size, module_paths, compute)
-        trainer = Trainer(spec, experiment, path, compute)
+        trainer = Trainer(spec, experiment, path, compute, objective)
         tally = Tally()
         if spec.resume is not None and checkpoints is not None and checkpoints.resume_path is not None:
             tally = trainer.resume(spec.resume, checkpoints.resume_path)
         elif inner_state_path is not None:
             trainer.optimizer.restore(inner_state_path, spec.adam_step)
         resumed_steps, resumed_s = len(tally.step_losses), tally.seconds
-        token_files = [files.enter_context(TokenFile.open(item)) for item in token_paths]
         trainer.run(token_files, tally, progress, checkpoints)
         written = _write_outputs(spec, experiment, vocab_size, module_paths, trainer, out_dir)
     result = TaskResult(
@@ -94,15 +99,17 @@ class Tally:
 class Trainer:
     """Inner steps on one path in memory."""
 
-    def __init__(self, spec: TrainSpec, experiment: Experiment, path: PathModel, compute: Compute) -> None:
+    def __init__(
+        self, spec: TrainSpec, experiment: Experiment, path: PathModel, compute: Compute, objective: Objective
+    ) -> None:
         self._spec, self._experiment, self._compute = spec, experiment, compute
+        self._objective = objective
         self.path = path.train()
         self.path.checkpoint_activations = compute.checkpoint_activations
         self.optimizer = InnerOptimizer(dict(path.named_parameters()), experiment.inner)
         if compute.compile:
             for block in path.model.layers:  # one by one: they share what is compiled, and packing stays outside
                 block.compile()
-        self._fork_step = _renewed_at(spec, experiment) if spec.path.model != BASE else None
 
     def resume(self, checkpoint: Checkpoint, path: Path) -> Tally:
         """Become what an earlier holder was after its steps; raises TensorMismatch where it is another model's."""
@@ -125,8 +132,12 @@ class Trainer:
         if checkpoints is not None:
             checkpoints.begin()
         for index in range(len(tally.step_losses), self._spec.steps):
-            taken = self._batch(token_files, rows, self._spec.shard_step + index)
-            loss_sum, count = self.step(taken, self._spec.first_step + index)
+            indices = rows.batch_rows(
+                self._spec.order_seed, self._spec.shard_step + index, self._experiment.inner.batch_rows
+            )
+            taken = batch(token_files, rows, indices)
+            targets = self._objective.targets(taken, rows, indices)
+            loss_sum, count = self.step(taken, targets, self._spec.first_step + index)
             tally.tokens += count
             tally.rows += len(taken.tokens)
             tally.loss_sum += loss_sum
@@ -152,22 +163,16 @@ class Trainer:
         parameters = [(f"p.{name}", tuple(tensor.shape)) for name, tensor in self.path.named_parameters()]
         return [*parameters, *self.optimizer.specs]
 
-    def step(self, rows: Batch, step: int) -> tuple[float, int]:
+    def step(self, rows: Batch, targets: np.ndarray, step: int) -> tuple[float, int]:
         """One inner step with counter `step`; returns the summed loss in nats over all targets, and their count."""
-        experiment = self._experiment
-        targets = rows.targets(0 if experiment.inner.train_on_prefix else experiment.sharding.prefix_tokens)
         count = max(1, int(np.count_nonzero(targets != IGNORED)))
         losses = [self._backward(micro, count) for micro in self._micro_batches(rows, targets)]
         *sums, norm = torch.stack([*losses, self.optimizer.clip()]).tolist()  # the one wait for the device in a step
         loss_sum = math.fsum(sums)
         if not (math.isfinite(loss_sum) and math.isfinite(norm)):
             raise self._not_finite(step, loss_sum / count, norm)
-        self.optimizer.step(learning_rate(experiment.inner, step, self._spec.total_steps, self._fork_step))
+        self.optimizer.step(self._objective.learning_rate(step))
         return loss_sum, count
-
-    def _batch(self, token_files: Sequence[TokenFile], rows: Rows, shard_step: int) -> Batch:
-        indices = rows.batch_rows(self._spec.order_seed, shard_step, self._experiment.inner.batch_rows)
-        return batch(token_files, rows, indices)
 
     def _micro_batches(self, rows: Batch, targets: np.ndarray) -> Iterator[tuple[torch.Tensor, ...]]:
         """(tokens, targets, counted, positions, sequence_index), each (B, T), on the device."""
@@ -193,7 +198,7 @@ class Trainer:
         sequence_index: torch.Tensor,
     ) -> torch.Tensor:
         hidden = self.path(tokens, positions, sequence_index)
-        loss_sum, _ = self.path.loss_sum_and_count(hidden, targets, counted)
+        loss_sum, _ = self.path.loss_sum_and_count(hidden, targets, counted, self._objective.num_classes)
         return loss_sum
 
     def _not_finite(self, step: int, loss: float, gradient_norm: float) -> NonFiniteStep:
@@ -205,15 +210,6 @@ class Trainer:
             f"(shard {spec.shard}, phase {spec.phase}, step {step}): lower inner.learning_rate "
             f"({inner.learning_rate}), raise inner.warmup_steps ({inner.warmup_steps}) or set model.qk_norm"
         )
-
-
-def _renewed_at(spec: TrainSpec, experiment: Experiment) -> int:
-    """The path's step at which its data changed last, and its learning rate warms up again: its fork, or a re-shard.
-
-    Only the mixture is ever given other data after the fork.
-    """
-    phases = experiment.first_phase(spec.phase) if spec.path.model == MIXTURE else 0
-    return spec.first_step - (spec.phase - phases) * spec.steps
 
 
 def _write_outputs(

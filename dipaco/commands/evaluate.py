@@ -22,7 +22,7 @@ def evaluate(
     route: Annotated[
         list[str] | None,
         typer.Option(
-            help="sequence, every:W, likelihood:W, ensemble:N, oracle:sequence, oracle:every:W or path:I.J "
+            help="sequence, every:W, router:W, likelihood:W, ensemble:N, oracle:sequence, oracle:every:W or path:I.J "
             "(W tokens, N paths); may be repeated."
         ),
     ] = None,
