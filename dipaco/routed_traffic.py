@@ -1,7 +1,8 @@
 """Many texts and their router: the load on every path, how sure it is, drift from training, agreement with the oracle.
 
 Traffic is compared with training sequences routed in the same way: shards may be capped or overlap, routes do not.
-Whether a difference is more than chance is judged by documents, since the sequences of one are not independent.
+Whether a difference is more than chance is judged by what the sequences are worth, as those of a document go alike:
+for loads by the design effect that is seen in them, for features by documents.
 
 Legend: N sequences, P paths.
 """
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from model.store import BlobStore
 from routing.agreement import agreement
 from routing.drift import FeatureDrift, index_by_chance, jensen_shannon, stability_index, verdict
 from routing.features import first_prefix
+from routing.load import PathLoad
 from routing.records import MIN_EVALUATED_TOKENS, evaluated_positions
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
@@ -42,34 +44,22 @@ class Routed:
     """What a router makes of sequences: their paths, and the posterior of the path that each takes."""
 
     def __init__(self, num_paths: int) -> None:
-        self._num_paths = num_paths
+        self.load = PathLoad(num_paths)
         self._paths: list[npt.NDArray[np.uint16]] = []
         self._tops: list[npt.NDArray[np.float32]] = []
-        self.documents = 0
 
-    def add(self, posterior: Float64[np.ndarray, "N P"]) -> None:
-        """Some more sequences."""
-        self._paths.append(posterior.argmax(axis=1).astype(np.uint16))
-        self._tops.append(posterior.max(axis=1).astype(np.float32))
+    def add(self, posteriors: Sequence[Float64[np.ndarray, "N P"]], documents: npt.NDArray[Any]) -> None:
+        """Some more sequences, in parts, with the documents that they belong to."""
+        paths = np.concatenate([part.argmax(axis=1) for part in posteriors])
+        self.load.add(paths, documents)
+        self._paths.append(paths.astype(np.uint16))
+        self._tops += [part.max(axis=1).astype(np.float32) for part in posteriors]
 
     @property
     def paths(self) -> Int64[np.ndarray, " N"]:
         """The path of every sequence."""
         paths: npt.NDArray[np.int64] = np.concatenate(self._paths).astype(np.int64)
         return paths
-
-    @property
-    def counts(self) -> Int64[np.ndarray, " P"]:
-        """Sequences of every path."""
-        counts: npt.NDArray[np.int64] = np.bincount(self.paths, minlength=self._num_paths)
-        return counts
-
-    @property
-    def shares(self) -> Float64[np.ndarray, " P"]:
-        """The load on every path."""
-        counts = self.counts
-        shares: npt.NDArray[np.float64] = counts / counts.sum()
-        return shares
 
     def confidence(self) -> dict[str, Any]:
         """Mean and quantiles of the highest posterior."""
@@ -119,20 +109,20 @@ class _Traffic:
             "run": self._snapshot.config.name,
             "router": described(self._router),
             "data": data,
-            "documents": self._live.documents,
-            "sequences": len(self._live.paths),
+            "documents": self._live.load.documents,
+            "sequences": self._live.load.sequences,
             "tokens": self._tokens,
             "short_sequences": self._short,
-            "load": self._by_path(self._live.shares),
-            "training_load": training and self._by_path(training.shares),
+            "load": self._by_path(self._live.load.shares),
+            "training_load": training and self._by_path(training.load.shares),
             "shard_sequences": self._by_path(sequences),
             "shard_tokens": self._by_path(tokens),
             "confidence": self._live.confidence(),
             "training_confidence": training and training.confidence(),
             "drift": {
                 "path_load": training and self._load_drift(training),
-                "jensen_shannon_to_shard_sequences": jensen_shannon(self._live.shares, sequences),
-                "jensen_shannon_to_shard_tokens": jensen_shannon(self._live.shares, tokens),
+                "jensen_shannon_to_shard_sequences": jensen_shannon(self._live.load.shares, sequences),
+                "jensen_shannon_to_shard_tokens": jensen_shannon(self._live.load.shares, tokens),
                 "features": training and drift and self._feature_drift(drift, training),
             },
             "oracle": self._oracle() if oracle else None,
@@ -147,8 +137,7 @@ class _Traffic:
             files, self._router, sequences, seed_of(snapshot.config.experiment.seed, "route"), self._say
         )
         routed = Routed(self._num_paths)
-        routed.add(self._router.frozen.posterior(sample.z))
-        routed.documents = sample.num_documents
+        routed.add([self._router.frozen.posterior(sample.z)], sample.documents)
         return routed, FeatureDrift(self._router.frozen.transform(sample.z))
 
     def _read(self, drift: FeatureDrift | None) -> None:
@@ -157,17 +146,18 @@ class _Traffic:
         done = 0
         for path in self._files():
             with TokenFile.open(path) as file:
-                self._live.documents += len(np.unique(file.documents))
+                posteriors = []
                 self._tokens += file.num_tokens - file.count
                 self._short += int((file.lengths < prefix_tokens + 1).sum())
                 for start in range(0, file.count, _SLICE_SEQUENCES):
                     positions = range(start, min(start + _SLICE_SEQUENCES, file.count))
                     z = self._router.features([first_prefix(file.tokens(each), prefix_tokens) for each in positions])
-                    self._live.add(frozen.posterior(z))
+                    posteriors.append(frozen.posterior(z))
                     if drift is not None:
                         drift.add(frozen.transform(z))
                     done += len(positions)
                     self._say(f"routed {done:,} sequences")
+                self._live.add(posteriors, file.documents)
 
     def _files(self) -> list[Path]:
         return [self._text.store.path(file.digest) for file in self._text.files]
@@ -181,20 +171,23 @@ class _Traffic:
         return sequences / sequences.sum(), tokens / tokens.sum()
 
     def _load_drift(self, training: Routed) -> dict[str, Any]:
-        psi = float(stability_index(self._live.counts, training.counts))
-        by_chance = index_by_chance(self._num_paths, self._live.documents, training.documents)
+        live, trained = self._live.load, training.load
+        psi = float(stability_index(live.counts, trained.counts))
+        by_chance = index_by_chance(self._num_paths, live.effective_size, trained.effective_size)
         return {
             "psi": psi,
             "psi_by_chance": by_chance,
             "verdict": verdict(psi, by_chance),
-            "jensen_shannon": jensen_shannon(self._live.shares, training.shares),
+            "jensen_shannon": jensen_shannon(live.shares, trained.shares),
+            "effective_sizes": [live.effective_size, trained.effective_size],
         }
 
     def _feature_drift(self, drift: FeatureDrift, training: Routed) -> dict[str, Any] | None:
         summary = drift.summary()
         if summary is None:
             return None
-        by_chance = index_by_chance(_DECILES, self._live.documents, training.documents)
+        live, trained = float(self._live.load.documents), float(training.load.documents)
+        by_chance = index_by_chance(_DECILES, live, trained)
         return {
             "features": summary.features,
             "psi_median": summary.psi_median,
@@ -203,7 +196,7 @@ class _Traffic:
             "psi_by_chance": by_chance,
             "verdict": verdict(summary.psi_median, by_chance),
             "rms_shift": summary.rms_shift,
-            "rms_shift_by_chance": math.sqrt(1 / self._live.documents + 1 / training.documents),
+            "rms_shift_by_chance": math.sqrt(1 / live + 1 / trained),
             "largest": [{"feature": name, "psi": psi, "shift": shift} for name, psi, shift in summary.largest],
         }
 

@@ -38,10 +38,6 @@ class TrainingSample:
     def __len__(self) -> int:
         return len(self.beginnings)
 
-    @property
-    def num_documents(self) -> int:
-        return len(np.unique(self.documents))
-
     def excerpt(self, index: int, tokenizer: Tokenizer) -> str:
         """The beginning of a sampled sequence on one line."""
         return one_line(tokenizer.decode(self.beginnings[index][1:].tolist()))

@@ -36,8 +36,8 @@ def _shares(counts: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
     return shares
 
 
-def index_by_chance(bins: int, first: int, second: int) -> float:
-    """The PSI that 95 % of pairs of samples of these sizes stay under when nothing has drifted.
+def index_by_chance(bins: int, first: float, second: float) -> float:
+    """The PSI that 95 % of pairs of samples of these (effective) sizes stay under when nothing has drifted.
 
     The quantile of chi-squared is that of Wilson and Hilferty (PNAS 17, 1931).
     """

@@ -34,18 +34,18 @@ def test_a_path_that_nothing_takes_leaves_the_index_finite() -> None:
 
 @pytest.mark.parametrize(("bins", "quantile"), [(2, 3.841), (4, 7.815), (10, 16.919), (256, 293.248)])
 def test_chance_is_the_quantile_of_chi_squared_over_the_sizes(bins: int, quantile: float) -> None:
-    assert index_by_chance(bins, 100, 400) == pytest.approx(quantile * (1 / 100 + 1 / 400), rel=0.03)
+    assert index_by_chance(bins, 100.0, 400.0) == pytest.approx(quantile * (1 / 100 + 1 / 400), rel=0.03)
 
 
 def test_one_path_cannot_drift() -> None:
-    assert index_by_chance(1, 10, 10) == 0.0
+    assert index_by_chance(1, 10.0, 10.0) == 0.0
     assert float(stability_index(np.array([7]), np.array([90]))) == 0.0
 
 
 def test_samples_of_one_distribution_stay_under_the_chance_in_95_of_100() -> None:
     shares = np.array([0.4, 0.25, 0.2, 0.1, 0.05])
     first, second = GENERATOR.multinomial(300, shares, 4000), GENERATOR.multinomial(500, shares, 4000)
-    under = (stability_index(first, second) <= index_by_chance(5, 300, 500)).mean()
+    under = (stability_index(first, second) <= index_by_chance(5, 300.0, 500.0)).mean()
     assert 0.93 < under < 0.97
 
 
@@ -68,7 +68,7 @@ def test_features_without_drift_stay_within_chance() -> None:
     drift.add(GENERATOR.normal(size=(800, 16)))
     summary = drift.summary()
     assert summary is not None
-    assert summary.psi_median < index_by_chance(10, 1000, 800)
+    assert summary.psi_median < index_by_chance(10, 1000.0, 800.0)
     assert summary.psi_above_large == 0
     assert summary.rms_shift < 2 * math.sqrt(1 / 1000 + 1 / 800)
 
