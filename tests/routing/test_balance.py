@@ -39,6 +39,17 @@ def test_rows_that_differ_are_handed_out_as_wanted(paths: int, more: int, scale:
     assert np.array_equal(shift, matched_shift(logits, wanted))
 
 
+def test_many_paths_that_two_features_tell_apart_get_what_is_wanted() -> None:
+    """Path after path alone stands still far from it: a path takes its rows from the same neighbours every time."""
+    generator = np.random.default_rng(0)
+    logits = 3 * generator.normal(size=(800, 2)) @ generator.normal(size=(2, 32)) + generator.normal(scale=3, size=32)
+    wanted = 1 + generator.multinomial(len(logits) - 32, generator.dirichlet(np.full(32, 0.5)))
+    assert np.maximum(np.array(handed(logits)) - wanted, 0).sum() > 500
+    given_out = np.array(handed(logits, matched_shift(logits, wanted)))
+    assert given_out.min() >= 1
+    assert np.maximum(given_out - wanted, 0).sum() <= 4
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 6), st.integers(0, 40), st.integers(0, 2**32 - 1))
 def test_rows_that_are_alike_do_not_make_it_worse(paths: int, more: int, seed: int) -> None:

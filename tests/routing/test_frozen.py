@@ -42,6 +42,12 @@ def test_a_router_of_another_kind_is_refused_with_the_kinds_that_are_read(kind: 
         read_router(msgpack.packb({"kind": kind}))
 
 
+@pytest.mark.parametrize("record", [{}, [1], 3, "clusters"])
+def test_records_without_a_kind_are_no_router(record: object) -> None:
+    with pytest.raises(MalformedRecord, match="not a router"):
+        read_router(msgpack.packb(record))
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.binary(max_size=200) | st.sampled_from([CLUSTERS.to_bytes()[:40], GATER.to_bytes()[:-3], b"\x91" * 5000]))
 def test_noise_is_refused(data: bytes) -> None:
