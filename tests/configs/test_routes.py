@@ -15,10 +15,12 @@ from configs.schema import Config
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
 
-def routed(*routes: object) -> Config:
-    """The quickstart (2 x 2 paths) with these routes."""
+def routed(*routes: object, router: bool = False) -> Config:
+    """The quickstart (2 x 2 paths) with these routes, and with a router LM."""
     document: Any = yaml.safe_load((CONFIGS / "quickstart.yaml").read_text(encoding="utf-8"))
     document["experiment"]["evaluation"] = {"routes": list(routes)}
+    if router:
+        document["experiment"]["stages"].insert(-1, {"kind": "router", "steps": 4, "inner_steps": 2})
     return parse_config(yaml.safe_dump(document), "x.yaml")
 
 
@@ -27,6 +29,7 @@ def routed(*routes: object) -> Config:
     [
         ("sequence", Route("sequence")),
         ("every:32", Route("every", 32)),
+        ("router:64", Route("router", 64)),
         ("likelihood:16", Route("likelihood", 16)),
         ("ensemble:2", Route("ensemble", num_paths=2)),
         ("oracle:sequence", Route("oracle")),
@@ -35,12 +38,12 @@ def routed(*routes: object) -> Config:
 )
 def test_a_name_says_what_is_done(name: str, route: Route) -> None:
     assert parse_route(name) == route
-    assert route.needs_router == (not name.startswith("oracle"))
-    assert routed(name).experiment.evaluation.routes == [name]
+    assert route.needs_router == (not name.startswith(("oracle", "router")))
+    assert routed(name, router=True).experiment.evaluation.routes == [name]
 
 
 WRONG = "best, ,every,every:0,every:-1,every:1.5,every: 2,every:32\n,every:9999999999,oracle:32,oracle:likelihood:3"
-WRONG += ",sequence:,sequence:2,likelihood,ensemble:x,path:0.1"
+WRONG += ",router,router:,router:0,sequence:,sequence:2,likelihood,ensemble:x,path:0.1"
 
 
 @pytest.mark.parametrize("name", WRONG.split(","))
@@ -73,3 +76,5 @@ def test_the_grid_divides_all_intervals_and_the_router_looks_at_its_own_alone() 
     assert chunk_tokens(["likelihood:24", "every:36"]) == 12
     assert chunk_tokens(["sequence", "ensemble:2"]) == 32
     assert router_intervals(["likelihood:24", "oracle:every:8"]) == []
+    both = ["router:64", "every:16", "router:8"]
+    assert (router_intervals(both), router_intervals(both, "router"), chunk_tokens(both)) == ([16], [8, 64], 8)

@@ -155,6 +155,27 @@ def test_a_summary_names_models_routes_domains_and_agreement() -> None:
     assert summary["oracle_agreement"] == pytest.approx(agreeing)
 
 
+def test_how_often_a_route_takes_the_best_path_of_its_interval() -> None:
+    """Of the counted tokens; against chunk by chunk written out. Mixtures and oracles are not asked."""
+    looks = RouteTable.join([routes(seed=7)])
+    wanted = [*ALL_ROUTES, "ensemble:2", "router:32", "router:64"]
+    summary = summarise({"mixture": TABLE}, "mixture", ROUTES, wanted, CHUNK, looks=looks)
+    chosen = ["sequence", "every:32", "every:64", "likelihood:32", "likelihood:64", "router:32", "router:64"]
+    assert sorted(summary["route_accuracy"]) == sorted(chosen)
+    assert summary["route_accuracy"]["sequence"] == pytest.approx(summary["oracle_agreement"])
+    for name, table in (("every", ROUTES), ("router", looks)):
+        for width in (1, 2):
+            best = 0
+            for i in range(N):
+                for c in range(C):
+                    first = c // width * width
+                    oracle = int(TABLE.loss[i, first : first + width].sum(axis=0).argmin())
+                    best += int(TABLE.count[i, c]) * (oracle == table.every[width * CHUNK][i, c // width])
+            accuracy = summary["route_accuracy"][f"{name}:{width * CHUNK}"]
+            assert accuracy == pytest.approx(best / TABLE.tokens)
+            assert 0 < accuracy < 1
+
+
 def test_without_a_router_only_the_oracles_are_measured() -> None:
     summary = summarise({"mixture": TABLE}, "mixture", None, ALL_ROUTES, CHUNK)
     assert set(summary["perplexity"]["dipaco"]) == {route for route in ALL_ROUTES if route.startswith("oracle")}

@@ -60,6 +60,21 @@ def test_likelihood_with_a_flat_prior_takes_the_best_path_so_far() -> None:
     assert prediction.load.tolist() == pytest.approx([32 / 132, 100 / 132])
 
 
+def test_the_router_lm_chooses_a_path_for_every_interval() -> None:
+    looks = RouteTable(np.array([0, 1, 1]), np.full((3, 2), 0.5, np.float32), {})
+    looks.every[16] = np.array([[0, 1, 0], [1, 0, 1], [1, 1, 0]])
+    looks.every[32] = np.array([[0, 1], [1, 0], [1, 1]])
+    fine, coarse = (predict(f"router:{interval}", TABLE, None, CHUNK, looks) for interval in (16, 32))
+    assert fine.losses.tolist() == chunks_under([[0, 1, 0], [1, 0, 1], [1, 1, 0]])
+    assert coarse.losses.tolist() == chunks_under([[0, 0, 1], [1, 1, 0], [1, 1, 1]])
+    assert coarse.load.tolist() == pytest.approx([48 / 132, 84 / 132])
+    with pytest.raises(NoRouter, match="'router:16' needs a router LM, and this run has none"):
+        predict("router:16", TABLE, routed([[0.5, 0.5]] * 3), CHUNK)
+    other = RouteTable(looks.sequence, np.full((3, 3), 1 / 3, np.float32), looks.every)
+    with pytest.raises(MalformedRecord, match="between 3 paths, the mixture has 2"):
+        predict("router:16", TABLE, None, CHUNK, other)
+
+
 def test_likelihood_keeps_its_path_for_an_interval() -> None:
     prediction = predict("likelihood:32", TABLE, routed([[0.9, 0.1]] * 3), CHUNK)
     assert prediction.losses.tolist() == chunks_under([[0, 0, 1], [0, 0, 1], [0, 0, 1]])
@@ -185,7 +200,7 @@ def test_a_route_that_the_tables_do_not_offer_is_refused() -> None:
 
 def test_one_path_is_every_route() -> None:
     one = table_of(LOSS[:, :, :1], COUNT)
-    for route in ("sequence", "every:16", "likelihood:16", "oracle:sequence", "oracle:every:16"):
+    for route in ("sequence", "every:16", "router:16", "likelihood:16", "oracle:sequence", "oracle:every:16"):
         assert predict(route, one, None, CHUNK).losses.tolist() == LOSS[:, :, 0].tolist()
         assert predict(route, one, None, CHUNK).load.tolist() == [1.0]
 
