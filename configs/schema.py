@@ -18,6 +18,8 @@ from configs.routes import parse_route, route_name
 from configs.section import Fraction, PositiveInt, Section
 from configs.stages import EvaluateStage, PretrainStage, ReshardStage, RouterStage, Stage, TrainStage
 
+# Names of models, and of the mixture in reports, that no baseline may have.
+RESERVED = frozenset({"base", "mixture", "router", "dipaco", "dipaco-best"})
 _STAGES = re.compile(r"(pretrain)?( ?shard( train( reshard train)*( router)?)?)?( ?evaluate)?")
 
 
@@ -429,10 +431,9 @@ class Experiment(Section):
         if self.sharding.prefix_tokens >= self.model.sequence_length:
             raise ValueError("sharding.prefix_tokens must be below model.sequence_length")
         names = [baseline.name for baseline in self.baselines]
-        if len(set(names)) != len(names) or {"base", "mixture", "router"} & set(names):
-            raise ValueError(
-                f"baseline names {names} must differ from one another and from 'base', 'mixture' and 'router'"
-            )
+        if len(set(names)) != len(names) or RESERVED & set(names):
+            reserved = ", ".join(sorted(RESERVED))
+            raise ValueError(f"baseline names {names} must differ from one another and from {reserved}")
         return self
 
 

@@ -44,7 +44,7 @@ class EarlyStopping:
         made = []
         for part in self._plan.ranges(state, "stop"):
             routed, selection = self._selection(state, path.path_index, part)
-            if not part["sequences"] or (routed and selection is None):
+            if selection is None and (routed or not part["sequences"]):
                 continue
             spec = EvaluateSpec(
                 path=path,

@@ -18,10 +18,11 @@ from coordinator.machine import Machine
 from coordinator.pins import NO_LINKS, Pins, pinning
 from coordinator.plan import BASE, MIXTURE, Plan, blob
 from coordinator.references import Reference, referenced_blobs
-from coordinator.state import State
+from coordinator.state import State, Version
 from coordinator.status import Tally, status_of
 from model.store import BlobStore
 from model.topology import Topology
+from protocol.tasks import PathRef
 
 MAX_ATTEMPTS = 1000
 
@@ -123,6 +124,14 @@ class RunSnapshot:
         if not rows:
             raise RunUnusable(f"{self.run_dir} holds no modules of {model!r} yet; let the run go on first")
         return {row.module_id: (row.version, self.store.path(row.params.digest)) for row in rows}
+
+    def paths(self, model: str = MIXTURE, version: Version = "last") -> list[PathRef]:
+        """Every path of a model; raises RunUnusable where the run has no modules of it, or keeps no best versions."""
+        self.modules(model)
+        if version == "best" and self.config.experiment.early_stopping is None:
+            raise RunUnusable(f"{self.run_dir} keeps no best versions: its experiment.early_stopping is not set")
+        paths = range(self.plan.topology(model).num_paths)
+        return [self.plan.path_ref(self.state, model, path_index, version) for path_index in paths]
 
     def base_modules(self) -> dict[str, tuple[int, Path]]:
         """The modules of the base LM whose features the router reads."""

@@ -318,8 +318,8 @@ def local_result(task: Task, plan: Plan) -> dict[str, Any]:
     if task.kind == "BUILD":
         experiment = plan.experiment
         scored = ["router"] if experiment.reshards or experiment.router else []
-        splits = ["train", "train", "validation", "test", *scored]
-        splits += ["stop"] if plan.experiment.early_stopping is not None else []
+        stops = ["stop"] if experiment.early_stopping is not None else []
+        splits = ["train", "train", "validation", "test", *scored, *stops]
         ranges = [{"index": index, "split": split, "text": _pair("text", index)} for index, split in enumerate(splits)]
         return {"vocab_size": 64, "tokenizer": _pair("tokenizer"), "ranges": ranges}
     if task.kind == "INITIALISE":
@@ -334,6 +334,11 @@ def local_result(task: Task, plan: Plan) -> dict[str, Any]:
     if task.kind == "LABEL":
         return {"targets": _pair("targets"), "manifest": _pair("labelled"), "sequences": 1, "labelled_tokens": 1}
     if task.kind == "DIVIDE":
-        # Without "stop" every path is measured on all of the split, which takes as long here.
-        return {"shards": [{"manifest": _pair("manifest", shard)} for shard in range(plan.mixture.num_shards)]}
+        index = 5 if plan.experiment.reshards or plan.experiment.router else 4  # of the file of the stop split
+        paths = range(plan.mixture.num_paths)
+        stop = {f"{path_index}-{index}": _pair("stop", task.stage, path_index) for path_index in paths}
+        return {
+            "shards": [{"manifest": _pair("manifest", shard)} for shard in range(plan.mixture.num_shards)],
+            **({"stop": stop} if plan.experiment.early_stopping is not None else {}),
+        }
     return {"perplexity": {}}

@@ -15,8 +15,10 @@ import numpy as np
 
 from configs.routes import UnknownRoute, chunk_tokens, parse_route, router_intervals
 from configs.schema import CorpusConfig, FilesSource, SplitsConfig, TokenizerConfig
+from coordinator.evaluation_steps import REPORTED
 from coordinator.plan import MIXTURE, ROUTER, blob
 from coordinator.snapshot import RunSnapshot
+from coordinator.state import Version
 from corpus.builder import build_corpus, tokenize_range
 from corpus.tokenizer import Tokenizer
 from dipaco.asking import plain
@@ -24,7 +26,7 @@ from dipaco.ending import Refused
 from inference.module_cache import verify_module
 from model.store import BlobStore
 from protocol.tasks import BlobRef, EvaluateSpec, FeaturizeSpec, PathRef
-from routing.evaluation import measures, summarise
+from routing.evaluation import beside, measures, summarise
 from routing.prediction import chosen
 from routing.records import MIN_EVALUATED_TOKENS, Losses, Routes
 from routing.tables import LossTable, RouteTable
@@ -33,7 +35,6 @@ from worker.task import run_task
 
 FIXED = "path:"
 """And a path id: the route that always takes this path."""
-DIPACO = "dipaco"
 HELD_OUT = ("validation", "test")
 
 
@@ -49,8 +50,18 @@ class Text:
 class Evaluation:
     """Evaluates models of one run on one text, by routes that may ask for chunks of several sizes."""
 
-    def __init__(self, snapshot: RunSnapshot, text: Text, routes: Sequence[str], say: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        snapshot: RunSnapshot,
+        text: Text,
+        routes: Sequence[str],
+        say: Callable[[str], None],
+        versions: Sequence[Version] = ("last",),
+    ) -> None:
+        """`versions`: at which the mixture is measured, each under a name of its own."""
         self._snapshot, self._text, self._say = snapshot, text, say
+        self._versions = versions
+        self._measured: dict[tuple[str, ...], list[Losses]] = {}
         self._plan, self._state = snapshot.plan, snapshot.state
         self._fixed = [route for route in routes if route.startswith(FIXED)]
         self._routes = [route for route in routes if not route.startswith(FIXED)]
@@ -59,7 +70,8 @@ class Evaluation:
 
     def run(self) -> dict[str, Any]:
         """The summary of routing.evaluation, with fixed paths (`path:I.J`) beside the routes."""
-        tables = {model: self.losses(model) for model in self._plan.evaluated_models()}
+        first, *others = self._versions
+        tables = {model: self.losses(model, first) for model in self._plan.evaluated_models()}
         if not next(iter(tables.values())).tokens:
             raise Refused(
                 f"no document of the text has the {MIN_EVALUATED_TOKENS} tokens that an evaluation needs; "
@@ -68,26 +80,36 @@ class Evaluation:
         wants_router = MIXTURE in tables and any(parse_route(route).needs_router for route in self._routes)
         routes = self._routed() if wants_router else None
         looks = self._looked() if MIXTURE in tables else None
-        summary = summarise(tables, MIXTURE, routes, self._routes, self._chunk_tokens, looks=looks)
+        summary = summarise(tables, MIXTURE, routes, self._routes, self._chunk_tokens, REPORTED[first], looks=looks)
+        mixtures = {first: tables[MIXTURE]} if MIXTURE in tables else {}
+        for version in others if mixtures else []:
+            mixtures[version] = self.losses(MIXTURE, version)
+            only = {MIXTURE: mixtures[version]}
+            more = summarise(only, MIXTURE, routes, self._routes, self._chunk_tokens, REPORTED[version], looks=looks)
+            summary = beside(summary, more)
         for route in self._fixed:
-            self._add_path(summary, tables[MIXTURE], route)
+            for version, table in mixtures.items():
+                self._add_path(summary, table, route, REPORTED[version])
         return summary
 
-    def _add_path(self, summary: dict[str, Any], table: LossTable, route: str) -> None:
+    def _add_path(self, summary: dict[str, Any], table: LossTable, route: str, name: str) -> None:
         path_index = self._snapshot.topology.path_index(route.removeprefix(FIXED))
         measured = measures(table, chosen(table, np.full(table.count.shape, path_index, np.int64)))
         for key in ("perplexity", "bits_per_byte"):
-            summary[key].setdefault(DIPACO, {})[route] = measured[key]
+            summary[key].setdefault(name, {})[route] = measured[key]
         for domain, perplexity in measured["per_domain"].items():
-            summary["per_domain"].setdefault(domain, {}).setdefault(DIPACO, {})[route] = perplexity
+            summary["per_domain"].setdefault(domain, {}).setdefault(name, {})[route] = perplexity
 
-    def losses(self, model: str) -> LossTable:
-        """The losses of the text under every path of a model."""
+    def losses(self, model: str, version: Version = "last") -> LossTable:
+        """The losses of the text under every path of a model; of paths with the same modules they are computed once."""
         paths = []
         for path_index in range(self._plan.topology(model).num_paths):
-            self._say(f"evaluating {model} path {self._plan.topology(model).path_id(path_index)}")
-            path = self._plan.path_ref(self._state, model, path_index)
-            paths.append([self._losses_of(path, tokens) for tokens in self._text.files])
+            path = self._plan.path_ref(self._state, model, path_index, version)
+            modules = tuple(module.blob.digest for module in path.modules)
+            if modules not in self._measured:
+                self._say(f"evaluating {model} path {self._plan.topology(model).path_id(path_index)}")
+                self._measured[modules] = [self._losses_of(path, tokens) for tokens in self._text.files]
+            paths.append(self._measured[modules])
         return LossTable.join(paths)
 
     def _losses_of(self, path: PathRef, tokens: BlobRef) -> Losses:
@@ -162,15 +184,19 @@ def evaluate_run(
     data: Path | None = None,
     split: str | None = None,
     routes: Sequence[str] | None = None,
+    versions: Sequence[Version] | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """Perplexities of all models, on a held-out split of the run (its evaluation.split by default) or on `data`.
 
+    The mixture is measured at `versions`; by default as the run itself does: the last, and the best where it keeps it.
     Raises Refused, UnknownRoute, UnknownPath, BadCorpus, DamagedModule, and RunUnusable where a model of the run has
-    not begun.
+    not begun, or no best version is kept.
     """
+    versions = versions or (("last",) if snapshot.config.experiment.early_stopping is None else ("last", "best"))
     for model in snapshot.plan.evaluated_models():
-        snapshot.modules(model)
+        for version in versions:
+            snapshot.paths(model, version)
     evaluation = snapshot.config.experiment.evaluation
     wanted = list(routes or evaluation.routes)
     for route in wanted:
@@ -183,12 +209,12 @@ def evaluate_run(
         text = Text(tuple(blob(part["file"]) for part in parts), snapshot.store, evaluation.max_sequences)
         if not parts:
             raise Refused(f"split {split!r} of the run holds no sequence; raise its share in corpus.splits")
-        return shaped(snapshot, {**Evaluation(snapshot, text, wanted, say).run(), "split": split})
+        return shaped(snapshot, {**Evaluation(snapshot, text, wanted, say, versions).run(), "split": split})
     if split is not None:
         raise Refused("--data is measured whole; leave --split out")
     with tempfile.TemporaryDirectory(prefix="dipaco-data-") as scratch:
         text = tokenized(snapshot, data, BlobStore(Path(scratch)))
-        return shaped(snapshot, {**Evaluation(snapshot, text, wanted, say).run(), "split": str(data)})
+        return shaped(snapshot, {**Evaluation(snapshot, text, wanted, say, versions).run(), "split": str(data)})
 
 
 def _check(route: str, snapshot: RunSnapshot) -> None:

@@ -8,15 +8,15 @@ from typing import Any
 
 from coordinator.plan import BASE, MIXTURE
 from coordinator.snapshot import RunSnapshot
+from coordinator.state import Version
 from corpus.installed import EXAMPLE_PROMPTS
 from corpus.tokenizer import Tokenizer
 from dipaco.ending import Refused
+from dipaco.run_router import open_router
 from inference.engine import Engine, Request
-from inference.module_cache import ModuleCache, verify_module
+from inference.module_cache import ModuleCache
 from inference.path_source import PathSource
 from inference.sampling import Sampling
-from model.path import load_path
-from routing.frozen import read_router
 from routing.router import FeatureRouter, OnePath, Router
 
 __all__ = ["EXAMPLE_PROMPTS", "Continuation", "Wish", "continuations", "routed_examples"]
@@ -26,12 +26,16 @@ CACHE_BYTES = 2 * 1024**3
 
 @dataclass(frozen=True, slots=True)
 class Wish:
-    """How prompts are continued. `every`: route again after so many tokens; `path`: no routing, this path id."""
+    """How prompts are continued. `every`: route again after so many tokens; `path`: no routing, this path id.
+
+    `version`: of every path, its newest modules or those it did best with.
+    """
 
     tokens: int
     sampling: Sampling
     every: int | None = None
     path: str | None = None
+    version: Version = "last"
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,15 +54,14 @@ class Continuation:
 
 
 def continuations(snapshot: RunSnapshot, prompts: Sequence[str], wish: Wish) -> Iterator[Continuation]:
-    """Each prompt continued; raises RunUnusable before the run has modules, UnknownPath, Refused without a router."""
+    """Each prompt continued; raises RunUnusable where the run lacks modules, UnknownPath, Refused without a router."""
     model = MIXTURE if MIXTURE in snapshot.models() else BASE
     topology = snapshot.plan.topology(model)
     path_index = None if wish.path is None else topology.path_index(wish.path)
     tokenizer = Tokenizer.from_file(snapshot.tokenizer_path)
     router = OnePath() if topology.num_paths == 1 or path_index is not None else _router(snapshot)
-    engine = Engine(
-        _paths(snapshot, model), router, _prefix_tokens(snapshot), bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id
-    )
+    paths = _paths(snapshot, model, wish.version)
+    engine = Engine(paths, router, _prefix_tokens(snapshot), bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id)
     for prompt in prompts:
         request = Request(tokenizer.encode(prompt), wish.tokens, wish.sampling, wish.every, path_index)
         written = list(engine.generate(request))
@@ -84,14 +87,12 @@ def _prefix_tokens(snapshot: RunSnapshot) -> int:
     return snapshot.config.experiment.sharding.prefix_tokens
 
 
-def _paths(snapshot: RunSnapshot, model: str) -> PathSource:
-    snapshot.modules(model)
-    digests = {row.module_id: row.params.digest for row in snapshot.state.modules_of(model)}
+def _paths(snapshot: RunSnapshot, model: str, version: Version) -> PathSource:
     return PathSource(
         snapshot.config.experiment.model,
         snapshot.vocab_size,
         snapshot.plan.topology(model),
-        digests,
+        [[module.blob.digest for module in path.modules] for path in snapshot.paths(model, version)],
         ModuleCache(snapshot.store, CACHE_BYTES),
     )
 
@@ -99,9 +100,5 @@ def _paths(snapshot: RunSnapshot, model: str) -> PathSource:
 def _router(snapshot: RunSnapshot) -> Router:
     if snapshot.router_path is None:
         raise Refused("this run has no router (its shards are random); name a path: --path I.J")
-    router = read_router(snapshot.router_path.read_bytes())
-    files = {module_id: path for module_id, (_, path) in snapshot.base_modules().items()}
-    for module_id, path in files.items():
-        verify_module(snapshot.store, module_id, path.name)
-    base = load_path(snapshot.config.experiment.model, snapshot.vocab_size, snapshot.plan.dense, files)
-    return FeatureRouter(base.eval().requires_grad_(False), router)
+    router = open_router(snapshot)
+    return FeatureRouter(router.base, router.frozen)

@@ -3,7 +3,8 @@
 Keys: `run`; `perplexity` and `bits_per_byte` {dense, other baselines, dipaco: {route (configs.routes):
 number}} on the held-out `split`, the prefix of every sequence left out; `per_domain` {domain: the shape of
 perplexity}; `path_load` {route: {path: share of tokens}}; `oracle_agreement`; `sharding` {stage: {token_shares
-{path: share}, and of a re-shard label_shares, gater_shares, agreement, ...}}; `tokens` {trained, evaluated};
+{path: share}, and of a re-shard label_shares, gater_shares, agreement, ...}}; `early_stopping` {paths, kept_bytes,
+versions_per_module} (dipaco/early_stopping.py), `dipaco-best` beside `dipaco` then; `tokens` {trained, evaluated};
 `wire_bytes` {modules, outer_gradients, inner_state, checkpoints, other}; `stages` {name: seconds} (they may overlap);
 `wall_s`, `peak_rss_mb` (all processes of `dipaco run` together, proportional) and `workers`; `digest` of all weights;
 `config_digest`; `hardware`. What a run has not measured is an empty mapping, a number that is none is null.
@@ -19,6 +20,7 @@ from coordinator.plan import SHARDING
 from coordinator.snapshot import RunSnapshot
 from dipaco.asking import plain
 from dipaco.curves import MissingExtra, draw, loss_curves
+from dipaco.early_stopping import early_stopping_of
 from dipaco.evaluation import shaped
 from dipaco.report_page import page
 from dipaco.run_digest import run_digest
@@ -39,6 +41,7 @@ def build_report(snapshot: RunSnapshot) -> dict[str, Any]:
             "run": snapshot.config.name,
             **measured,
             "sharding": sharding_of(snapshot),
+            "early_stopping": early_stopping_of(snapshot),
             "tokens": {"trained": status["tokens"], **measured["tokens"]},
             "wire_bytes": status["bytes"],
             "stages": {stage["name"]: round(stage["seconds"], 1) for stage in status["stages"]},

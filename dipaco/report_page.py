@@ -7,6 +7,7 @@ import html
 from collections.abc import Sequence
 from typing import Any
 
+from dipaco.early_stopping import early_stopping_line
 from dipaco.progress import duration
 from dipaco.table import cell, rows
 
@@ -47,6 +48,8 @@ def page(report: dict[str, Any], curves_png: bytes | None) -> str:
             for path in report["sharding"][stages[0]]["token_shares"]
         ]
         parts += ["<h2>Share of the training tokens by path and stage</h2>", _table(("path", *stages), shares)]
+    if report["early_stopping"]:
+        parts += ["<h2>Best version by path</h2>", _best_versions(report["early_stopping"])]
     parts += ["<h2>Cost</h2>", _table(("", ""), _costs(report))]
     parts += ["<h2>Identity</h2>", _table(("", ""), _identity(report)), "</html>"]
     return "\n".join(parts) + "\n"
@@ -62,6 +65,15 @@ def _perplexities(report: dict[str, Any]) -> str:
     names = [name for name, *_ in measured]
     head = _table(("model and route", "perplexity", "of dense", "bits per byte"), overall)
     return head + "<h3>By domain</h3>" + _table(("domain", *names), by_domain)
+
+
+def _best_versions(found: dict[str, Any]) -> str:
+    lines = [
+        (path, str(best["version"]), f"{best['stop_loss']:.4f}", f"{best['tokens']:,}") if best else (path, "", "", "")
+        for path, best in found["paths"].items()
+    ]
+    table = _table(("path", "outer steps", "loss on its stop sequences", "tokens"), lines)
+    return f"{table}<p>{_text(early_stopping_line(found))}.</p>"
 
 
 def _costs(report: dict[str, Any]) -> list[tuple[str, str]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from dipaco.early_stopping import early_stopping_line
 from dipaco.examples import Continuation
 from dipaco.progress import duration
 
@@ -59,6 +60,7 @@ def report_table(report: dict[str, Any]) -> Any:
     lines = [
         f"trained on {report['tokens']['trained']:,} tokens; moved {moved}",
         f"wall time {duration(report['wall_s'])} ({stages})",
+        *([early_stopping_line(report["early_stopping"])] if report.get("early_stopping") else []),
         f"peak memory of all processes {report['peak_rss_mb']:,.0f} MB",
         f"weights {report['digest']}",
     ]

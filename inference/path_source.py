@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -15,21 +15,24 @@ from model.topology import Topology
 
 
 class PathSource:
-    """Module id -> digest of one phase-complete version of every module, and where to read them."""
+    """The digests of one phase-complete snapshot of every path, its modules by level, and where to read them.
+
+    Two paths through a module may hold two versions of it.
+    """
 
     def __init__(
         self,
         config: ModelConfig,
         vocab_size: int,
         topology: Topology,
-        digests: Mapping[str, str],
+        digests: Sequence[Sequence[str]],
         cache: ModuleCache,
         device: torch.device | str = "cpu",
     ) -> None:
         self.config = config
         self.vocab_size = vocab_size
         self.topology = topology
-        self._digests = dict(digests)
+        self._digests = [tuple(path) for path in digests]
         self._cache = cache
         self._device = device
         self._specs = [level_tensors(config, vocab_size, level) for level in topology.levels]
@@ -41,7 +44,7 @@ class PathSource:
     def modules(self, path_index: int) -> tuple[tuple[str, ...], dict[str, Tensor]]:
         """(digests of the path's modules, all their tensors); raises UnknownPath and what ModuleCache does."""
         module_ids = self.topology.modules_of_path(path_index)
-        digests = tuple(self._digests[module_id] for module_id in module_ids)
+        digests = self._digests[path_index]
         tensors: dict[str, Tensor] = {}
         for module_id, digest, specs in zip(module_ids, digests, self._specs, strict=True):
             tensors |= self._cache.get(module_id, digest, specs)

@@ -102,7 +102,7 @@ class Driver:
         while True:
             local, due = self.machine.local_tasks(), self.machine.due_steps()
             for task in local[:1]:
-                self.commit(self.machine.local_done(task, local_result(task, self.plan), self.now))
+                self.commit(self.machine.local_done(task, self.local_result(task), self.now))
             for step in due[:1]:
                 parts = tuple(blob.digest for _, _, blob in step.contributions)
                 self.steps.append((step.model, step.module.module_id, step.module.version, parts))
@@ -110,6 +110,9 @@ class Driver:
                 self.commit(self.machine.module_stepped(step, params, ref("momentum", params.digest), self.now))
             if not local and not due:
                 return
+
+    def local_result(self, task: Task) -> dict[str, Any]:
+        return local_result(task, self.plan)
 
     def hello(self, name: str, capabilities: Capabilities = OFFER) -> str:
         return self.machine.leases.register("", name, capabilities, self.now)

@@ -29,7 +29,8 @@ MAY_IMPORT = {
 }
 MAY_USE_GRPC = {"service.py", "server.py", "client.py"}
 TORCH_FREE = ["configs", "protocol", "model.topology", "model.layout", "model.inner_state", "corpus"]
-TORCH_FREE += [f"routing.{name}" for name in ("agreement", "drift", "frozen", "gating", "neighbours", "sharding")]
+TORCH_FREE += [f"routing.{name}" for name in ("agreement", "drift", "frozen", "gating", "load", "neighbours")]
+TORCH_FREE += ["routing.sharding"]
 TORCH_FREE += [
     f"coordinator.{name}"
     for name in (
@@ -43,6 +44,7 @@ TORCH_FREE += [
         "verdict",
         "norms",
         "plan",
+        "early_stopping",
         "stage_steps",
         "journal",
         "status",
@@ -124,6 +126,7 @@ def test_the_state_machine_has_no_socket_file_thread_or_clock() -> None:
         "norms",
         "virtual",
         "plan",
+        "early_stopping",
         "stage_steps",
         "status",
         "outer",
@@ -165,8 +168,18 @@ FLAGS = {
         "--json",
     },
     "status": {"--join", "--insecure", "--json"},
-    "evaluate": {"--data", "--split", "--route", "--json"},
-    "generate": {"--prompt", "--tokens", "--temperature", "--top-k", "--seed", "--every", "--path", "--json"},
+    "evaluate": {"--data", "--split", "--route", "--version", "--json"},
+    "generate": {
+        "--prompt",
+        "--tokens",
+        "--temperature",
+        "--top-k",
+        "--seed",
+        "--every",
+        "--path",
+        "--version",
+        "--json",
+    },
     "route": {"--text", "--file", "--data", "--every", "--oracle", "--sample", "--json"},
     "digest": {"--all", "--json"},
     "backup": {"--json"},

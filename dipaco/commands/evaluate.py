@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from dipaco.commands.options import Json, Run
+from dipaco.commands.options import Json, Run, VersionName
 
 
 def evaluate(
@@ -26,6 +26,7 @@ def evaluate(
             "(W tokens, N paths); may be repeated."
         ),
     ] = None,
+    version: VersionName = None,
     as_json: Json = False,
 ) -> None:
     """Measure perplexity of a run again, or on other text.
@@ -33,10 +34,12 @@ def evaluate(
     Without options it computes the numbers of the run's own report anew from the run directory.
     """
     from coordinator.snapshot import RunSnapshot
+    from dipaco.early_stopping import version_named
     from dipaco.evaluation import evaluate_run
 
     with RunSnapshot.held(run) as snapshot:
-        found = evaluate_run(snapshot, data=data, split=split, routes=route)
+        versions = None if version is None else [version_named(version)]
+        found = evaluate_run(snapshot, data=data, split=split, routes=route, versions=versions)
     if as_json:
         typer.echo(json.dumps(found))
         return

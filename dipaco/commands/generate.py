@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from dipaco.commands.options import Json, Run
+from dipaco.commands.options import Json, Run, VersionName
 
 
 def generate(
@@ -19,6 +19,7 @@ def generate(
     seed: Annotated[int, typer.Option(min=0, help="Of the sampling.")] = 0,
     every: Annotated[int | None, typer.Option(min=1, help="Route again after every so many tokens.")] = None,
     path: Annotated[str | None, typer.Option(help="Use this path (like 0.1) instead of routing.")] = None,
+    version: VersionName = None,
     as_json: Json = False,
 ) -> None:
     """Continue prompts, and show the paths they took.
@@ -29,11 +30,13 @@ def generate(
     Without a prompt it continues one example of every kind of text in the embedded corpus.
     """
     from coordinator.snapshot import RunSnapshot
+    from dipaco.early_stopping import version_named
     from dipaco.examples import EXAMPLE_PROMPTS, Wish, continuations
     from inference.sampling import Sampling
 
     prompts = prompt or list(EXAMPLE_PROMPTS.values())
-    wish = Wish(tokens, Sampling(temperature, top_k, seed=seed), every=every, path=path)
+    sampling = Sampling(temperature, top_k, seed=seed)
+    wish = Wish(tokens, sampling, every=every, path=path, version=version_named(version or "last"))
     with RunSnapshot.held(run) as snapshot:
         if as_json:
             typer.echo(json.dumps([each.as_dict() for each in continuations(snapshot, prompts, wish)]))

@@ -39,7 +39,9 @@ class Mixture:
 
     def source(self, budget_bytes: int = 1 << 30) -> PathSource:
         cache = ModuleCache(self.store, budget_bytes)
-        return PathSource(self.config, VOCAB_SIZE, self.topology, self.digests, cache)
+        paths = (self.topology.modules_of_path(path_index) for path_index in range(self.topology.num_paths))
+        digests = [[self.digests[module_id] for module_id in path] for path in paths]
+        return PathSource(self.config, VOCAB_SIZE, self.topology, digests, cache)
 
     def path(self, path_index: int) -> PathModel:
         """The path composed for itself, without cache or engine."""
