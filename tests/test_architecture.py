@@ -128,6 +128,7 @@ def test_the_state_machine_has_no_socket_file_thread_or_clock() -> None:
         "plan",
         "early_stopping",
         "stage_steps",
+        "router_steps",
         "status",
         "outer",
         "robust",
