@@ -14,7 +14,7 @@ from coordinator.plan import BASE, MIXTURE
 from coordinator.snapshot import RunSnapshot
 from model.layout import num_parameters
 from model.topology import Topology
-from scripts.experiment_table import DIPACO, RANDOM, UNROUTED
+from scripts.experiment_table import DIPACO, MIXTURES, RANDOM, UNROUTED
 
 _FIXED = "path:"
 
@@ -61,7 +61,7 @@ class Measurement:
         if split not in self.found:
             return []
         measured = self.found[split][key].get(model, {})
-        if model != DIPACO:
+        if model not in MIXTURES:
             return [measured] if not isinstance(measured, dict) else []
         if route == RANDOM:
             return [value for name, value in measured.items() if name.startswith(_FIXED)]

@@ -10,7 +10,7 @@ from scripts.experiment_plan import Cell, TablePlan
 from scripts.experiment_results import ResultRow, only, paired_ratio, spread_of
 from scripts.experiment_table import BASE_BUDGET, Row
 
-_HOW = """Perplexity of the test split, without the first 32 tokens of each sequence, for every model alike. A ratio is
+_HOW = """Perplexity of the test split, without the prefix that the router has seen, for every model alike. A ratio is
 to the reference row of the same seed and budget; ± is the standard deviation over the seeds. Learning rate, reported
 variant and its route were chosen on the validation split; the test split was only reported. Bytes saved: what an
 exchange of every gradient at every step would have moved, over what was moved, inner state included."""
@@ -79,7 +79,8 @@ def _what(section: Section) -> str:
     seeds = ", ".join(str(seed) for seed in table.seeds)
     return (
         f"configs/experiments/{table.name}.yaml: {steps} steps of up to {tokens:,} tokens, {experiment.inner_steps} "
-        f"steps a phase; seeds {seeds}; ratios to `{table.reference}`."
+        f"steps a phase; prefix {experiment.sharding.prefix_tokens} tokens; seeds {seeds}; ratios to "
+        f"`{table.reference}`."
     )
 
 
@@ -96,6 +97,8 @@ def _rows(section: Section) -> list[str]:
         "ratio",
         "bits per byte",
         "validation",
+        "bytes saved",
+        "seeds",
     ]
     body = []
     for row in table.rows:

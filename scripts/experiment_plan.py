@@ -97,13 +97,17 @@ class TablePlan:
         return Choice(headline.candidates[0], False) if best is None else Choice(best, True)
 
     def headline_route(self) -> Choice[str] | None:
-        """The route with the lowest mean over the table's seeds, for the chosen row."""
-        headline, row = self.table.headline, self.headline_row()
-        if headline is None or row is None or not headline.routes:
+        """The route with the lowest mean over the table's seeds, of those by which the chosen row is measured."""
+        headline, chosen = self.table.headline, self.headline_row()
+        if headline is None or chosen is None:
             return None
-        means = {route: self._mean_validation(self.table.row(row.value), route) for route in headline.routes}
-        best = _lowest(means) if row.made else None
-        return Choice(headline.routes[0], False) if best is None else Choice(best, True)
+        row = self.table.row(chosen.value)
+        known = routes_of(self.table, row, self._config(row.name, self.table.seeds[0], BASE_BUDGET, None)[0])
+        routes = [route for route in headline.routes if route in known]
+        best = _lowest({route: self._mean_validation(row, route) for route in routes}) if chosen.made else None
+        if best is not None:
+            return Choice(best, True)
+        return Choice(routes[0], False) if routes else None
 
     def _mean_validation(self, row: Row, route: str | None) -> float | None:
         rate = self.learning_rate(row)
@@ -197,10 +201,16 @@ def core_seconds(cost: Cost, frozen: Experiment, experiment: Experiment, num_spl
     steps = (
         experiment.pretrain.steps if experiment.pretrain else 0
     ) + shards * experiment.phases * experiment.inner_steps
-    models = topology.num_paths + len(experiment.baselines)
+    stopping, router = experiment.early_stopping, experiment.router
+    models = topology.num_paths * (1 if stopping is None else 2) + len(experiment.baselines)
     looked_at = num_splits * models * (experiment.evaluation.max_sequences or 0)
     for stage in experiment.reshards:
         looked_at += (stage.candidates or topology.num_paths) * (stage.max_sequences or 0)
+    if router is not None:
+        steps += router.steps
+        looked_at += topology.num_paths * (router.max_sequences or 0)
+    if stopping is not None:
+        looked_at += experiment.phases // stopping.every * (stopping.max_sequences or 0)
     assigned = len(experiment.reshards) + (experiment.sharding.kind not in ("all", "random"))
     return cost.other_s + cost.assign_s * assigned + step_s * (steps + looked_at / experiment.inner.batch_rows / 3)
 

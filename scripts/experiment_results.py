@@ -20,7 +20,7 @@ from typing import Any
 
 from scripts.experiment_measurement import Measurement
 from scripts.experiment_plan import TEST, VALIDATION, Cell, TablePlan
-from scripts.experiment_table import Row, routes_of
+from scripts.experiment_table import DIPACO, MIXTURES, Row, routes_of
 
 ResultRow = dict[str, Any]
 Measured = Callable[[str], Measurement | None]
@@ -118,7 +118,7 @@ def _result(
         "validation_perplexity": _perplexity(plan, row, cell, measured, VALIDATION, route),
         "bits_per_byte": known.bits_per_byte(TEST, row.model, route),
         "ratio_to_dense": test / dense if test and dense else None,
-        "tokens": known.run["tokens"].get(row.model),
+        "tokens": known.run["tokens"].get(DIPACO if row.model in MIXTURES else row.model),
         "learning_rate": cell.learning_rate,
         "parameters": known.run["parameters"],
         "path_parameters": known.run["path_parameters"],

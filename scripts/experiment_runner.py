@@ -77,7 +77,7 @@ class CellRun:
             return False
         step = self.left[0]
         if code != 0:
-            raise CellFailed(f"{step} ended with code {code}: {self.last_words()}")
+            raise CellFailed(f"{step} ended with code {code}: {self.last_words() or 'it said nothing'}")
         if step == "run":
             self.work.finished_run(self.cell, self.describe(self.work.run_dir(self.cell)))
         else:
@@ -89,12 +89,12 @@ class CellRun:
         return not self.left
 
     def last_words(self) -> str:
-        """The last line that the step wrote, without the prefix of every command."""
+        """The last line that the step wrote, without the prefix of every command; empty where it wrote none."""
         log = self.work.folder(self.cell.digest) / f"{self.left[0]}.log"
         written = log.read_bytes()[-_LAST_BYTES:].decode(errors="replace") if log.is_file() else ""
         lines = [line.strip() for line in written.splitlines() if line.strip()]
         told = [line for line in lines if line.startswith("dipaco: ")]
-        return (told or lines or ["it said nothing"])[-1].removeprefix("dipaco: ")
+        return (told or lines or [""])[-1].removeprefix("dipaco: ")
 
     def stop(self) -> None:
         if self._process is not None and self._process.poll() is None:
@@ -149,7 +149,7 @@ def carry_out(
             if time.monotonic() - said_s >= SAY_S:
                 said_s = time.monotonic()
                 for run in running:
-                    say(f"  {run.cell.name}, {run.left[0]}: {run.last_words()}")
+                    say(f"  {run.cell.name}, {run.left[0]} {run.last_words()}")
         outcome.stopped = True
         return outcome
     finally:

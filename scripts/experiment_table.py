@@ -20,8 +20,9 @@ from configs.section import Section
 from model.topology import Topology
 
 BASE_BUDGET = "base"
-DIPACO = "dipaco"
-"""The model that a run's topology describes, as evaluations name it; other models are the run's baselines."""
+DIPACO, BEST = "dipaco", "dipaco-best"
+"""What a run's topology describes, as evaluations name it: its last version, and that of early stopping."""
+MIXTURES = (DIPACO, BEST)
 RANDOM = "random"
 """The route of a mixture without a router: for every sequence a path drawn at random (its expected loss)."""
 UNROUTED = "none"
@@ -42,8 +43,8 @@ RouteName = Annotated[str, AfterValidator(_route)]
 class Row(Section):
     """One line of the table: keys of the experiment that differ, the model that is measured and by which routes.
 
-    Rows of equal keys are one run. `tuned_as` names the learning rate that the row takes over; the first route is the
-    one by which rows are compared.
+    `model` is a mixture or the name of a baseline. Rows of equal keys are one run. `tuned_as` names the learning rate
+    that the row takes over; the first route is the one by which rows are compared.
     """
 
     name: Name
@@ -73,6 +74,8 @@ class Budget(Section):
 
 class Headline(Section):
     """What validation chooses among for the reported variant and its route, and where that one is measured besides.
+
+    Of the routes those count by which the chosen row is measured.
 
     The chosen row and the `references` are run with `seeds`, and at other `budgets` with `budget_seeds`.
     """
@@ -172,7 +175,7 @@ def configured(table: Table, row: Row, seed: int, budget: str, learning_rate: fl
 
 def routes_of(table: Table, row: Row, config: Config) -> tuple[str, ...]:
     """The routes by which a row is measured, the one that it is compared by first."""
-    if row.model != DIPACO or Topology.from_config(config.experiment.topology).num_paths == 1:
+    if row.model not in MIXTURES or Topology.from_config(config.experiment.topology).num_paths == 1:
         return (UNROUTED,)
     return tuple(row.routes or table.routes)
 
@@ -213,16 +216,17 @@ def _check(table: Table) -> None:
             config = configured(table, row, table.seeds[0], budget, None)
         _check_the_measure(table, row, config)
         _check_routes(table, row, config)
-        models = [DIPACO, *(baseline.name for baseline in config.experiment.baselines)]
+        models = [DIPACO] if config.experiment.early_stopping is None else list(MIXTURES)
+        models += [baseline.name for baseline in config.experiment.baselines]
         if row.model not in models:
             raise InvalidConfig(f"row {row.name!r} measures model {row.model!r}; its run has {', '.join(models)}")
-    for name in headline.candidates if headline else []:
-        routes = routes_of(
-            table, table.row(name), configured(table, table.row(name), table.seeds[0], BASE_BUDGET, None)
-        )
-        for route in headline.routes if headline else []:
-            if route not in routes:
-                raise InvalidConfig(f"headline.routes has {route!r}, by which candidate {name!r} is not measured")
+    if headline is not None:
+        candidates = [table.row(name) for name in headline.candidates]
+        runs = [configured(table, row, table.seeds[0], BASE_BUDGET, None) for row in candidates]
+        known = {route for row, run in zip(candidates, runs, strict=True) for route in routes_of(table, row, run)}
+        for route in headline.routes:
+            if route not in known:
+                raise InvalidConfig(f"headline.routes has {route!r}, by which no candidate is measured")
 
 
 def _check_the_measure(table: Table, row: Row, config: Config) -> None:
@@ -257,3 +261,5 @@ def _check_routes(table: Table, row: Row, config: Config) -> None:
         route.check(num_paths)
         if route.needs_router and not routed:
             raise InvalidConfig(f"row {row.name!r} has no router, which route {name!r} needs; take {RANDOM} or oracles")
+        if route.kind == "router" and experiment.router is None:
+            raise InvalidConfig(f"row {row.name!r} has no router stage, which route {name!r} needs")

@@ -140,6 +140,31 @@ def test_a_baseline_of_a_run_is_a_row_of_the_same_cell(document: Document, write
     assert [set(cell.rows) for cell in reported if cell.seed < 2] == [{"tiny/kmeans", "tiny/dense"}] * 2
 
 
+def test_a_route_that_the_chosen_row_has_not_is_not_chosen(
+    document: Document, write_table: Callable[..., Path]
+) -> None:
+    document["rows"][2]["routes"] = ["sequence", "every:32"]
+    world = World(load_table(write_table(document)))
+    chosen_rates(world)
+    world.measure("kmeans", FAST, validation=80, test=20, every_16=10)
+    world.measure("product", FAST, validation=70, test=99)
+    route = world.plan.headline_route()
+    assert route is not None
+    assert (route.value, route.made) == ("every:32", True)
+
+
+def test_early_stopping_is_a_row_of_the_same_cell(document: Document, write_table: Callable[..., Path]) -> None:
+    document["experiment"]["early_stopping"] = {}
+    document["rows"].append({**document["rows"][1], "name": "best", "model": "dipaco-best"})
+    document["headline"]["candidates"].append("best")
+    world = World(load_table(write_table(document)))
+    assert [cell.rows for cell in world.named("best")][-1] == ("tiny/kmeans", "tiny/best")
+    known = measured({"sequence": 5.0})
+    found = {**known.found["validation"], "perplexity": {"dipaco": {"sequence": 5.0}, "dipaco-best": {"sequence": 4.0}}}
+    both = Measurement(known.run, {"validation": found})
+    assert [both.perplexity("validation", model, "sequence") for model in ("dipaco", "dipaco-best")] == [5.0, 4.0]
+
+
 def test_a_grid_cell_that_is_reported_gets_the_test_split(table: Table) -> None:
     world = World(table)
     chosen_rates(world)

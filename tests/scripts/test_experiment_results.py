@@ -152,6 +152,8 @@ def written(filled: Filled) -> str:
 
 def test_the_page_has_the_numbers_and_what_is_missing(filled: Filled) -> None:
     text = written(filled)
+    main = [line for line in text.splitlines() if line.startswith(("| row |", "| k-means (", "| dense ("))]
+    assert len({line.count("|") for line in main}) == 1
     assert "| k-means (`kmeans`) | 4x | sequence | 40 | 1,000 | 82.00 ± 2.00 | 0.804 ± 0.004 |" in text
     assert "Headline, chosen on validation: `kmeans`, routed by `every:16`." in text
     assert "| base | every:16 | 76.00 ± 0.00 |" in text
@@ -165,6 +167,8 @@ def test_the_page_of_a_part_says_so(table: Table) -> None:
     partial = Filled(table)
     partial.fill("dense", 50.0, seeds=(0,))
     text = written(partial)
+    main = [line for line in text.splitlines() if line.startswith(("| row |", "| k-means (", "| dense ("))]
+    assert len({line.count("|") for line in main}) == 1
     assert "| k-means (`kmeans`) | 4x | - | - |" in text
     assert "Headline: not chosen yet" in text
     assert "dipaco not chosen yet" in text

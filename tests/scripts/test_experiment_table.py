@@ -67,7 +67,13 @@ def change(document: Document, key: str, value: Any) -> None:
         ("rows.1.overrides", {"sharding.kind": "random"}, "row 'kmeans' has no router, which route 'sequence' needs"),
         ("rows.1.routes", ["best"], "route 'best' is none of"),
         ("rows.1.routes", ["sequence", "ensemble:5"], "'ensemble:5' of a topology of 4 paths"),
-        ("rows.1.routes", ["sequence", "every:16"], "headline.routes has 'every:32', by which candidate 'kmeans'"),
+        (
+            "headline.routes",
+            ["likelihood:16"],
+            "headline.routes has 'likelihood:16', by which no candidate is measured",
+        ),
+        ("rows.1.routes", ["sequence", "router:16"], "row 'kmeans' has no router stage, which route 'router:16' needs"),
+        ("rows.1.model", "dipaco-best", "measures model 'dipaco-best'; its run has dipaco"),
         (
             "rows.0.overrides.sharding",
             {"kind": "all"},

@@ -82,10 +82,16 @@ def _is_dense(rows: tuple[str, ...]) -> bool:
 @pytest.mark.parametrize("name", ["2x2", "4x4"])
 def test_one_balanced_reshard_half_way(name: str) -> None:
     table = load(name)
-    for row in ("gater", "gater-overlap", "gater-path-specific"):
+    for row in ("gater", "gater-best", "gater-overlap", "gater-path-specific"):
         experiment = configured(table, table.row(row), 0, BASE_BUDGET, None).experiment
         assert [stage.phases for stage in experiment.trains] == [6, 6]
         assert [stage.gater.capacity for stage in experiment.reshards] == [1.25]
+
+
+@pytest.mark.parametrize("name", ["2x2", "4x4"])
+def test_early_stopping_is_looked_at_in_the_run_without(name: str) -> None:
+    rows = [cell.rows for cell in TablePlan(load(name), "", unmeasured).cells()]
+    assert (f"{name}/gater", f"{name}/gater-best") in rows
 
 
 def test_data_parallel_and_diloco_read_the_same_number_of_rows() -> None:
