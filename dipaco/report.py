@@ -2,7 +2,8 @@
 
 Keys: `run`; `perplexity` and `bits_per_byte` {dense, other baselines, dipaco: {route (configs.routes):
 number}} on the held-out `split`, the prefix of every sequence left out; `per_domain` {domain: the shape of
-perplexity}; `path_load` {route: {path: share of tokens}}; `oracle_agreement`; `sharding` {stage: {token_shares
+perplexity}; `path_load` {route: {path: share of tokens}}; `oracle_agreement`; `route_accuracy` {route: share of tokens
+routed as the oracle of the same interval does}; `sharding` {stage: {token_shares
 {path: share}, and of a re-shard label_shares, gater_shares, agreement, ...}}; `early_stopping` {paths, kept_bytes,
 versions_per_module} (dipaco/early_stopping.py), `dipaco-best` beside `dipaco` then; `tokens` {trained, evaluated};
 `wire_bytes` {modules, outer_gradients, inner_state, checkpoints, other}; `stages` {name: seconds} (they may overlap);
@@ -16,7 +17,7 @@ import json
 from typing import Any
 
 from configs.load import experiment_digest
-from coordinator.plan import SHARDING
+from coordinator.plan import ROUTER, SHARDING
 from coordinator.snapshot import RunSnapshot
 from dipaco.asking import plain
 from dipaco.curves import MissingExtra, draw, loss_curves
@@ -87,9 +88,9 @@ def write_report(snapshot: RunSnapshot) -> tuple[dict[str, Any], list[str]]:
     report, remarks = build_report(snapshot), []
     curves_png = None
     try:
-        curves_png = draw(
-            loss_curves(snapshot.metrics, window=max(1, snapshot.config.experiment.total_steps // POINTS))
-        )
+        # Not of the router LM: its loss is of paths, not of tokens.
+        metrics = [metric for metric in snapshot.metrics if metric["model"] != ROUTER]
+        curves_png = draw(loss_curves(metrics, window=max(1, snapshot.config.experiment.total_steps // POINTS)))
     except MissingExtra as error:
         remarks.append(f"report.html is without curves: {error}")
     write_whole(snapshot.run_dir / "report.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n")

@@ -9,7 +9,7 @@ from typing import Any
 
 from dipaco.early_stopping import early_stopping_line
 from dipaco.progress import duration
-from dipaco.table import cell, rows
+from dipaco.table import accuracy_line, cell, rows
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
@@ -41,6 +41,7 @@ def page(report: dict[str, Any], curves_png: bytes | None) -> str:
             for path in report["path_load"][routes[0]]
         ]
         parts += ["<h2>Share of the held-out tokens by path and route</h2>", _table(("path", *routes), loads)]
+        parts.append(f"<p>{_text(accuracy_line(report))}</p>")
     if report["sharding"]:
         stages = list(report["sharding"])
         shares = [

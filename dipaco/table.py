@@ -29,6 +29,7 @@ def evaluation_table(found: dict[str, Any]) -> Any:
     """Perplexities of all models and routes, overall, and by domain below."""
     from rich.console import Group
     from rich.table import Table
+    from rich.text import Text
 
     measured = rows(found)
     split = f"{found['split']}, {found['tokens']['evaluated']:,} tokens"
@@ -44,7 +45,14 @@ def evaluation_table(found: dict[str, Any]) -> Any:
         domains.add_column(name, justify="right")
     for domain, perplexity in found["per_domain"].items():
         domains.add_row(domain, *(cell(value, ".2f") for _, value, _, _ in rows({"perplexity": perplexity})))
-    return Group(overall, domains)
+    accuracy = accuracy_line(found)
+    return Group(overall, *([Text(accuracy)] if accuracy else []), domains)
+
+
+def accuracy_line(found: dict[str, Any]) -> str:
+    """How often each route takes the path that was best, in one line; empty where nothing chose."""
+    shares = ", ".join(f"{route} {share:.1%}" for route, share in found.get("route_accuracy", {}).items())
+    return f"tokens routed as the oracle of the same interval does: {shares}" if shares else ""
 
 
 def report_table(report: dict[str, Any]) -> Any:

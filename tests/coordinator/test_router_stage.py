@@ -18,6 +18,8 @@ from corpus.token_file import TokenFile
 from dipaco.ending import Refused
 from dipaco.evaluation import evaluate_run
 from dipaco.report import build_report
+from dipaco.report_page import page
+from dipaco.table import accuracy_line
 from protocol.tasks import EvaluateSpec, TrainSpec
 from routing.records import Losses
 from routing.targets import NO_TARGET
@@ -123,6 +125,7 @@ def test_the_report_has_its_routes_and_how_often_they_are_right(routed: Path) ->
     assert list(report["perplexity"]["dipaco"]) == ROUTES
     assert sorted(report["route_accuracy"]) == ["router:16", "router:8", "sequence"]
     assert all(0 <= share <= 1 for share in report["route_accuracy"].values())
+    assert accuracy_line(report) in page(report, None)
     assert report["perplexity"]["dipaco"]["router:8"] >= report["perplexity"]["dipaco"]["oracle:every:8"]
     again = evaluate_run(snapshot)
     for key in ("perplexity", "route_accuracy", "path_load"):
