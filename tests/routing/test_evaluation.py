@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from routing.evaluation import measures, summarise
+from routing.evaluation import beside, measures, summarise
 from routing.prediction import NoRouter, predict
 from routing.records import Losses, MalformedRecord, Routes
 from routing.tables import LossTable, RouteTable
@@ -188,3 +188,18 @@ def test_a_topology_of_one_path_needs_no_router() -> None:
     summary = summarise({"mixture": table}, "mixture", None, ALL_ROUTES, CHUNK)
     assert len(set(summary["perplexity"]["dipaco"].values())) == 1
     assert set(summary["perplexity"]["dipaco"]) == set(ALL_ROUTES)
+
+
+def test_two_versions_of_the_mixture_stand_side_by_side() -> None:
+    other = LossTable.join([[record] for record in records(seed=1)])
+    last = summarise({"mixture": TABLE}, "mixture", ROUTES, ["sequence"], CHUNK)
+    best = summarise({"mixture": other}, "mixture", ROUTES, ["sequence"], CHUNK, "dipaco-best")
+    both = beside(last, best)
+    for key in ("perplexity", "bits_per_byte"):
+        assert both[key] == {"dipaco": last[key]["dipaco"], "dipaco-best": best[key]["dipaco-best"]}
+    for domain, models in both["per_domain"].items():
+        assert models == {**last["per_domain"][domain], **best["per_domain"].get(domain, {})}
+    assert {key: both[key] for key in ("path_load", "oracle_agreement")} == {
+        key: last[key] for key in ("path_load", "oracle_agreement")
+    }
+    assert set(last["perplexity"]) == {"dipaco"}, "neither summary is changed"
