@@ -78,7 +78,7 @@ def _what(section: Section) -> str:
     tokens = experiment.inner.batch_rows * experiment.model.sequence_length
     seeds = ", ".join(str(seed) for seed in table.seeds)
     return (
-        f"configs/experiments/{table.name}.yaml: {steps} steps of up to {tokens:,} tokens, {experiment.inner_steps} "
+        f"{table.name}.yaml: {steps} steps of up to {tokens:,} tokens, {experiment.inner_steps} "
         f"steps a phase; prefix {experiment.sharding.prefix_tokens} tokens; seeds {seeds}; ratios to "
         f"`{table.reference}`."
     )

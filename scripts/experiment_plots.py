@@ -30,8 +30,7 @@ def draw(section: Section) -> bytes:
     drawn = figure.subplots(len(panels), 1, squeeze=False, sharex=True, height_ratios=heights)
     for axes, (title, points) in zip(drawn[:, 0], panels, strict=True):
         _panel(axes, title, points)
-    drawn[0, 0].set_xlim(left=0.9 * min(min(ratios) for _, points in panels for _, ratios in points))
-    drawn[-1, 0].set_xlabel(f"test perplexity, of {section.plan.table.reference}; a dot a seed, a bar their mean")
+    drawn[-1, 0].set_xlabel(f"test perplexity, of {section.plan.table.reference}; a dot a seed, a stroke their mean")
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=90, metadata={"Software": None})
     return picture.getvalue()
@@ -62,10 +61,10 @@ def _ratios(rows: list[ResultRow]) -> list[float]:
 
 def _panel(axes: Any, title: str, points: Points) -> None:
     for place, (_, ratios) in enumerate(points):
-        axes.barh(place, sum(ratios) / len(ratios), height=0.6, color="0.85")
-        axes.plot(ratios, [place] * len(ratios), "o", color="C0", markersize=4)
+        axes.plot(sum(ratios) / len(ratios), place, "|", color="C0", markersize=14, markeredgewidth=2)
+        axes.plot(ratios, [place] * len(ratios), "o", color="C0", markersize=4, alpha=0.6)
     axes.axvline(1.0, color="0.5", linewidth=0.8)
     axes.set_yticks(range(len(points)), [label for label, _ in points], fontsize="small")
-    axes.invert_yaxis()
     axes.set_title(title, fontsize="medium", loc="left")
-    axes.grid(axis="x", alpha=0.25)
+    axes.set_ylim(len(points) - 0.5, -0.5)
+    axes.grid(alpha=0.25)
