@@ -61,7 +61,7 @@ def _reason(path: str, why: Reason) -> Any:
     table.add_column("begins with")
     for title, examples in (("nearest to the text", why.nearest), ("nearest to their mean", why.typical)):
         for example in examples:
-            table.add_row(title, f"{example.distance:.3g}", example.domain, Text(example.text))
+            table.add_row(title, f"{example.distance:.3g}", Text(example.domain), Text(example.text))
             title = ""
         table.add_section()
     domains = [f"{name} {_percent(share)}" for name, share in list(why.domains.items())[:MOST_DOMAINS]]

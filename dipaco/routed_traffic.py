@@ -22,6 +22,7 @@ from jaxtyping import Float64, Int64
 
 from coordinator.plan import MIXTURE, blob, seed_of
 from coordinator.snapshot import RunSnapshot
+from coordinator.state import Version
 from corpus.token_file import TokenFile
 from dipaco.ending import Refused
 from dipaco.evaluation import Evaluation, Text, tokenized
@@ -77,19 +78,22 @@ def route_traffic(
     *,
     oracle: bool,
     sample: int,
+    version: Version = "last",
     say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """The loads and drift of a file's documents; `sample` training sequences are what they are compared with.
 
-    Raises Refused, RunUnusable, BadCorpus, DamagedModule; with `oracle` what an evaluation raises.
+    `version`: of the paths that the oracle compares. Raises Refused, RunUnusable, BadCorpus, DamagedModule; with
+    `oracle` what an evaluation raises.
     """
     router = open_router(snapshot)
     if oracle:
-        snapshot.modules(MIXTURE)
+        snapshot.paths(MIXTURE, version)
     with tempfile.TemporaryDirectory(prefix="dipaco-data-") as scratch:
         say(f"reading {data}")
         text = tokenized(snapshot, data, BlobStore(Path(scratch)))
-        return _Traffic(snapshot, router, text, say).report(str(data), oracle=oracle, sample=sample)
+        traffic = _Traffic(snapshot, router, text, say)
+        return traffic.report(str(data), oracle=version if oracle else None, sample=sample)
 
 
 class _Traffic:
@@ -101,7 +105,7 @@ class _Traffic:
         self._live = Routed(self._num_paths)
         self._tokens, self._short = 0, 0
 
-    def report(self, data: str, *, oracle: bool, sample: int) -> dict[str, Any]:
+    def report(self, data: str, *, oracle: Version | None, sample: int) -> dict[str, Any]:
         training, drift = self._training(sample) if sample else (None, None)
         self._read(drift)
         sequences, tokens = self._shard_shares()
@@ -125,7 +129,7 @@ class _Traffic:
                 "jensen_shannon_to_shard_tokens": jensen_shannon(self._live.load.shares, tokens),
                 "features": training and drift and self._feature_drift(drift, training),
             },
-            "oracle": self._oracle() if oracle else None,
+            "oracle": self._oracle(oracle) if oracle else None,
         }
 
     def _training(self, sequences: int) -> tuple[Routed, FeatureDrift]:
@@ -200,9 +204,9 @@ class _Traffic:
             "largest": [{"feature": name, "psi": psi, "shift": shift} for name, psi, shift in summary.largest],
         }
 
-    def _oracle(self) -> dict[str, Any]:
+    def _oracle(self, version: Version) -> dict[str, Any]:
         """Agreement with the path of the lowest loss, on the sequences that an evaluation counts."""
-        table = Evaluation(self._snapshot, self._text, ["oracle:sequence"], self._say).losses(MIXTURE)
+        table = Evaluation(self._snapshot, self._text, ["oracle:sequence"], self._say).losses(MIXTURE, version)
         if not table.tokens:
             raise Refused(
                 f"no document of the text has the {MIN_EVALUATED_TOKENS} tokens that --oracle needs; "

@@ -181,7 +181,7 @@ FLAGS = {
         "--version",
         "--json",
     },
-    "route": {"--text", "--file", "--data", "--every", "--oracle", "--sample", "--json"},
+    "route": {"--text", "--file", "--data", "--every", "--oracle", "--sample", "--version", "--json"},
     "digest": {"--all", "--json"},
     "backup": {"--json"},
     "corpus": {"--samples", "--domain", "--json"},

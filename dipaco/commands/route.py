@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from dipaco.commands.options import Json, Run
+from dipaco.commands.options import Json, Run, VersionName
 
 
 def route(
@@ -32,6 +32,7 @@ def route(
     sample: Annotated[
         int, typer.Option(min=0, help="Training sequences to compare with, at most; 0 leaves the comparison out.")
     ] = 512,
+    version: VersionName = None,
     as_json: Json = False,
 ) -> None:
     """Show which path a text takes and why, or how far many texts are from what was trained on.
@@ -45,8 +46,10 @@ def route(
     alike, beside what chance alone makes of it; the Jensen-Shannon divergence (bits) of the loads from the shards.
     """
     from rich.console import Console
+    from rich.markup import escape
 
     from coordinator.snapshot import RunSnapshot
+    from dipaco.early_stopping import version_named
     from dipaco.ending import Refused
     from dipaco.route_table import text_view, traffic_view
     from dipaco.routed_text import route_text
@@ -60,14 +63,21 @@ def route(
         raise Refused("--every is for one text; `dipaco evaluate RUN --data FILE --route every:W` routes many again")
     if data is None and oracle:
         raise Refused("--oracle needs --data: how often the router is right is a matter of many texts")
+    if version is not None and not oracle:
+        raise Refused("--version is of the paths that --oracle runs; the router is the same for all versions")
     given = "" if data is not None else _text(text, file)
     progress = Console(stderr=True)
     with RunSnapshot.held(run) as snapshot, progress.status("reading the router") as status:
+
+        def say(line: str) -> None:
+            status.update(escape(line))
+
         if data is not None:
-            traffic = route_traffic(snapshot, data, oracle=oracle, sample=sample, say=status.update)
+            of_paths = version_named(version or "last")
+            traffic = route_traffic(snapshot, data, oracle=oracle, sample=sample, version=of_paths, say=say)
             answer, view = traffic, traffic_view(traffic)
         else:
-            routed = route_text(snapshot, given, every=every, sample=sample, say=status.update)
+            routed = route_text(snapshot, given, every=every, sample=sample, say=say)
             answer, view = routed.as_dict(), text_view(routed)
     if as_json:
         typer.echo(json.dumps(answer, ensure_ascii=False))

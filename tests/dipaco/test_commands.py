@@ -265,6 +265,8 @@ def test_text_that_is_too_short_is_told_by_how_much_it_takes(folder: Path, monke
         (["route", "runs/tiny", "--data", "nowhere.txt"], "nowhere.txt"),
         (["route", "runs/tiny", "--data", "tiny.yaml", "--every", "4"], "--every is for one text; `dipaco evaluate"),
         (["route", "runs/tiny", "--text", "x", "--oracle"], "--oracle needs --data"),
+        (["route", "runs/tiny", "--text", "x", "--version", "best"], "--version is of the paths that --oracle runs"),
+        (["route", "runs/tiny", "--data", "tiny.yaml", "--oracle", "--version", "first"], "'first' is none of last,"),
         (["digest", "."], ". is not a run directory"),
         (["status", "127.0.0.1:1"], "nobody answers at 127.0.0.1:1"),
         (["status", "nowhere"], "there is no run directory nowhere"),

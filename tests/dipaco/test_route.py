@@ -8,15 +8,18 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 from rich.console import Console
 
+from configs.early_stopping import EarlyStoppingConfig
 from configs.schema import Config
+from coordinator.journal import RunUnusable
 from coordinator.plan import MIXTURE
 from coordinator.snapshot import RunSnapshot
+from coordinator.state import Best, Version
 from corpus.token_file import TokenFile
 from corpus.tokenizer import Tokenizer
 from dipaco.ending import Refused
@@ -217,6 +220,15 @@ def test_without_a_sample_no_reason_is_given(snapshot: RunSnapshot) -> None:
     assert "why path" in shown(text_view(text_of(snapshot, sample=10)))
 
 
+def test_what_documents_hold_is_shown_as_it_is(snapshot: RunSnapshot) -> None:
+    routed = text_of(snapshot, "[/bold] [red]" * 5, every=20, sample=10)
+    assert routed.why is not None
+    example = replace(routed.why.nearest[0], domain="[/a]", text="[/b] [bold]c")
+    view = shown(text_view(replace(routed, why=replace(routed.why, nearest=(example,), domains={"[/d]": 1.0}))))
+    for part in ("[/a]", "[/b] [bold]c", "[/d] 100.0 %", "'[/bold] '"):
+        assert part in view
+
+
 def test_a_text_without_tokens_is_refused(snapshot: RunSnapshot) -> None:
     with pytest.raises(Refused, match="the text is empty"):
         text_of(snapshot, "")
@@ -311,6 +323,28 @@ def test_the_oracles_losses_are_those_of_an_evaluation(snapshot: RunSnapshot, tm
     assert found["oracle_loss"] <= found["router_loss"]
     assert 0.0 <= found["agreement"] <= 1.0
     assert sum(found["oracle_load"].values()) == pytest.approx(1.0)
+
+
+def test_the_oracle_compares_the_version_that_is_asked_for(snapshot: RunSnapshot, tmp_path: Path) -> None:
+    """Each path's best modules are the other's last: what is best under one is best under the other."""
+    experiment = snapshot.config.experiment.model_copy(update={"early_stopping": EarlyStoppingConfig()})
+    state = snapshot.state.copy()
+    first, second = (tuple(path.modules) for path in snapshot.paths())
+    state.apply([Best(0, 1, second, 1.0, 1), Best(1, 1, first, 1.0, 1)])
+    config = snapshot.config.model_copy(update={"experiment": experiment})
+    swapped = RunSnapshot(snapshot.run_dir, config, state, [])
+    data = traffic_file(tmp_path, list(WORDS), documents=30)
+    last, best = (
+        route_traffic(swapped, data, oracle=True, sample=0, version=version)["oracle"] for version in get_args(Version)
+    )
+    assert last["oracle_load"] == route_traffic(snapshot, data, oracle=True, sample=0)["oracle"]["oracle_load"]
+    assert best["oracle_load"] == {"0": last["oracle_load"]["1"], "1": last["oracle_load"]["0"]}
+    assert best["agreement"] == pytest.approx(1 - last["agreement"])
+
+
+def test_best_paths_of_a_run_that_keeps_none_are_refused(snapshot: RunSnapshot, tmp_path: Path) -> None:
+    with pytest.raises(RunUnusable, match="keeps no best versions"):
+        route_traffic(snapshot, traffic_file(tmp_path, ["onion"], 4), oracle=True, sample=0, version="best")
 
 
 def test_an_oracle_without_a_sequence_to_measure_is_refused(snapshot: RunSnapshot, tmp_path: Path) -> None:
