@@ -43,7 +43,7 @@ class GaterConfig(Section):
     """The gater: multinomial logistic regression of the best path on z (DiPaCo, arXiv 2403.10616, Sec 2.4.2)."""
 
     transform: Literal["none", "standardize", "whiten"] = "standardize"
-    # Of the L2 penalty, over the number of router sequences: the larger, the flatter the posterior.
+    # Times half the sum of the squared weights, beside the summed cross entropy: the larger, the flatter the posterior.
     regularization: Annotated[float, Field(gt=0)] = 1.0
     # No path is the label of more than this many times its fair share of router sequences; null: the plain best path.
     capacity: Annotated[float, Field(ge=1.0)] | None = 1.25
