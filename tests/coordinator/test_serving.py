@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from configs.schema import Config
-from coordinator.journal import RunUnusable
+from coordinator.journal import FORMAT, RunUnusable
 from coordinator.serving import write_config
 from tests.played_run import config_of
 
@@ -26,7 +26,7 @@ def test_a_start_that_is_refused_changes_nothing_of_an_older_run(tmp_path: Path)
     with closing(sqlite3.connect(run_dir / "state.db", isolation_level=None)) as connection:
         connection.execute("PRAGMA user_version=1")
         connection.execute("INSERT INTO meta VALUES ('backup', 'a note')")
-    for wanted, version, notes in ((with_seed(config, 99), 1, 1), (config, 2, 0)):
+    for wanted, version, notes in ((with_seed(config, 99), 1, 1), (config, FORMAT, 0)):
         if version == 1:
             with pytest.raises(RunUnusable, match="restore the key"):
                 write_config(wanted, run_dir)
