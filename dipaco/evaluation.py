@@ -23,6 +23,7 @@ from corpus.builder import build_corpus, tokenize_range
 from corpus.tokenizer import Tokenizer
 from dipaco.asking import plain
 from dipaco.ending import Refused
+from dipaco.run_router import refuse_without_router_lm
 from inference.module_cache import verify_module
 from model.store import BlobStore
 from protocol.tasks import BlobRef, EvaluateSpec, FeaturizeSpec, PathRef
@@ -228,10 +229,7 @@ def _check(route: str, snapshot: RunSnapshot) -> None:
         raise UnknownRoute(f"{error}, nor {FIXED}I.J") from None
     known.check(snapshot.topology.num_paths)
     if known.kind == "router" and snapshot.topology.num_paths > 1:
-        stage = snapshot.state.stages.get(ROUTER)
-        if stage is None or stage.status != "done":
-            why = "let the run go on first" if stage else "its stages have no router"
-            raise Refused(f"route {route!r} needs a trained router LM, which this run has not: {why}")
+        refuse_without_router_lm(snapshot)
 
 
 def shaped(snapshot: RunSnapshot, summary: dict[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The router of a run with the base LM whose features it reads, from the run's directory, on the CPU.
+"""The routers of a run, from its directory, on the CPU: that of the features with its base LM, and the router LM.
 
 Legend: N sequences, D features.
 """
@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from jaxtyping import Float32
 
+from coordinator.plan import ROUTER
 from coordinator.snapshot import RunSnapshot
 from dipaco.ending import Refused
 from inference.module_cache import verify_module
@@ -20,6 +21,7 @@ from model.path import load_path
 from model.transformer import PathModel
 from routing.features import features_of
 from routing.frozen import FrozenRouter, read_router
+from routing.router import RouterLM
 
 _SLICE_SEQUENCES = 256
 
@@ -55,6 +57,25 @@ def open_router(snapshot: RunSnapshot) -> RunRouter:
         verify_module(snapshot.store, module_id, path.name)
     base = load_path(snapshot.config.experiment.model, snapshot.vocab_size, snapshot.plan.dense, files)
     return RunRouter(base.eval().requires_grad_(False), frozen)
+
+
+def open_router_lm(snapshot: RunSnapshot) -> RouterLM:
+    """The router LM of a run. Raises Refused where the run has none that is trained, DamagedModule."""
+    refuse_without_router_lm(snapshot)
+    files = {module_id: path for module_id, (_, path) in snapshot.modules(ROUTER).items()}
+    for module_id, path in files.items():
+        verify_module(snapshot.store, module_id, path.name)
+    model = load_path(snapshot.config.experiment.model, snapshot.vocab_size, snapshot.plan.dense, files)
+    version = " ".join(files[module_id].name for module_id in sorted(files))
+    return RouterLM(model.eval().requires_grad_(False), snapshot.topology.num_paths, version)
+
+
+def refuse_without_router_lm(snapshot: RunSnapshot) -> None:
+    """Raises Refused where the run has no router LM that is trained."""
+    stage = snapshot.state.stages.get(ROUTER)
+    if stage is None or stage.status != "done":
+        why = "let the run go on first" if stage else "its stages have no router"
+        raise Refused(f"routes router:W need a trained router LM, which this run has not: {why}")
 
 
 def _refuse_without(snapshot: RunSnapshot) -> None:

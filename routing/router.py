@@ -1,4 +1,4 @@
-"""The router interface, and the router of the features: which path comes next, given the tokens so far.
+"""The router interface, the router of the features and the router LM: which path comes next, given the tokens so far.
 
 One class serves evaluation and inference; sharding uses its frozen part directly on features that tasks have computed.
 
@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from jaxtyping import Float64
 
 from model.transformer import PathModel
@@ -68,6 +69,28 @@ class FeatureRouter:
             prefix = prefix_before(tokens, len(tokens), prefix_tokens)
         posterior = self._frozen.posterior(features_of(self._base, [prefix]))[0]
         return posterior, RouteState(len(tokens) - 1)
+
+
+class RouterLM:
+    """The LM that was trained to name the best path for what follows (worker/objective.py): it reads all tokens so far.
+
+    Of a text longer than its sequences it reads BOS and the newest ones.
+    """
+
+    def __init__(self, model: PathModel, num_paths: int, version: str) -> None:
+        self._model = model
+        self.num_paths, self.version = num_paths, version
+
+    @torch.no_grad()
+    def route(
+        self, tokens: npt.NDArray[Any], state: RouteState | None = None
+    ) -> tuple[Float64[np.ndarray, " P"], RouteState]:
+        """`tokens` (T) with BOS in front."""
+        del state
+        read = np.append(tokens[:1], tokens[1:][1 - self._model.config.sequence_length :])
+        hidden = self._model(torch.from_numpy(read.astype(np.int64))[None])[0, -1]
+        scores = self._model.logits(hidden, self.num_paths).double()
+        return scores.softmax(dim=0).numpy(), RouteState(len(tokens) - 1)
 
 
 class OnePath:

@@ -178,6 +178,7 @@ FLAGS = {
         "--seed",
         "--every",
         "--path",
+        "--route",
         "--version",
         "--json",
     },

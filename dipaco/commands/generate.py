@@ -19,6 +19,9 @@ def generate(
     seed: Annotated[int, typer.Option(min=0, help="Of the sampling.")] = 0,
     every: Annotated[int | None, typer.Option(min=1, help="Route again after every so many tokens.")] = None,
     path: Annotated[str | None, typer.Option(help="Use this path (like 0.1) instead of routing.")] = None,
+    route: Annotated[
+        str | None, typer.Option(help="sequence, every:W (as --every W) or router:W: the router LM, every W tokens.")
+    ] = None,
     version: VersionName = None,
     as_json: Json = False,
 ) -> None:
@@ -37,6 +40,8 @@ def generate(
     prompts = prompt or list(EXAMPLE_PROMPTS.values())
     sampling = Sampling(temperature, top_k, seed=seed)
     wish = Wish(tokens, sampling, every=every, path=path, version=version_named(version or "last"))
+    if route is not None:
+        wish = wish.routed(route)
     with RunSnapshot.held(run) as snapshot:
         if as_json:
             typer.echo(json.dumps([each.as_dict() for each in continuations(snapshot, prompts, wish)]))

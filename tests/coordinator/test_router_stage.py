@@ -9,19 +9,26 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from configs.load import parse_config, to_yaml
+from configs.routes import UnknownRoute
 from configs.schema import Config
 from coordinator.snapshot import RunSnapshot
 from coordinator.virtual import Costs, VirtualRun
 from corpus.token_file import TokenFile
 from dipaco.ending import Refused
 from dipaco.evaluation import evaluate_run
+from dipaco.examples import Wish, continuations
 from dipaco.report import build_report
 from dipaco.report_page import page
+from dipaco.run_router import open_router_lm
 from dipaco.table import accuracy_line
+from inference.sampling import Sampling
+from model.path import load_path
 from protocol.tasks import EvaluateSpec, TrainSpec
 from routing.records import Losses
+from routing.router import RouteState
 from routing.targets import NO_TARGET
 from tests.played_run import Played, config_of, digest, played
 
@@ -134,6 +141,53 @@ def test_the_report_has_its_routes_and_how_often_they_are_right(routed: Path) ->
     assert list(other["perplexity"]["dipaco"]) == ["router:4"]
 
 
+def test_it_is_asked_as_it_was_trained_whatever_the_length_of_the_text(routed: Path) -> None:
+    """Against a plain forward pass; of a text longer than 64 tokens it reads BOS and the newest 63."""
+    snapshot = RunSnapshot.open(routed)
+    files = {module_id: path for module_id, (_, path) in snapshot.modules("router").items()}
+    model = load_path(snapshot.config.experiment.model, snapshot.vocab_size, snapshot.plan.dense, files)
+    router = open_router_lm(snapshot)
+    text = np.random.default_rng(0).integers(2, 258, 90)
+    for length in (1, 9, 64, 65, 90):
+        posterior, state = router.route(text[:length])
+        read = text[:length] if length <= 64 else np.append(text[:1], text[length - 63 : length])
+        with torch.no_grad():
+            scores = model.logits(model(torch.from_numpy(read)[None]))[0, -1, :2].double()
+        np.testing.assert_allclose(posterior, scores.softmax(dim=0).numpy(), atol=1e-6)
+        assert state.seen_tokens == length - 1
+    assert (router.num_paths, router.version) == (2, " ".join(files[module_id].name for module_id in sorted(files)))
+
+
+class Alternating:
+    """A router LM that goes from path to path with every four tokens that it is shown."""
+
+    num_paths, version = 2, "alternating"
+
+    def route(self, tokens: np.ndarray, state: RouteState | None = None) -> tuple[np.ndarray, RouteState]:
+        return np.eye(2)[len(tokens) // 4 % 2], RouteState(len(tokens) - 1)
+
+
+def test_text_is_generated_by_the_paths_that_it_chooses(routed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dipaco.examples.open_router_lm", lambda snapshot: Alternating())
+    snapshot = RunSnapshot.open(routed)
+    [found] = continuations(snapshot, ["onion pan"], Wish(12, Sampling(temperature=0.0)).routed("router:4"))
+    # After nine tokens it is shown the prefix of 8, then 12, 16 and, for the last token, 20; each with BOS.
+    assert (found.paths, found.tokens) == (("0", "1", "0", "1"), 12)
+
+
+def test_a_route_of_a_generation_is_one_that_can_be_followed() -> None:
+    wish = Wish(4, Sampling())
+    assert (wish.routed("every:8").every, wish.routed("every:8").by_router_lm) == (8, False)
+    assert (wish.routed("sequence").every, wish.routed("router:16").every) == (None, 16)
+    with pytest.raises(Refused, match=r"'oracle:every:8' is for measuring; .* sequence, every:W or router:W"):
+        wish.routed("oracle:every:8")
+    with pytest.raises(UnknownRoute, match="is none of"):
+        wish.routed("best")
+    for other in (Wish(4, Sampling(), every=8), Wish(4, Sampling(), path="0")):
+        with pytest.raises(Refused, match="leave --every and --path out"):
+            other.routed("router:16")
+
+
 def test_nothing_that_nobody_names_is_left(routed: Path) -> None:
     snapshot = RunSnapshot.open(routed)
     held = {path.name for path in (routed / "blobs").iterdir() if len(path.name) == 64}
@@ -174,7 +228,7 @@ def test_a_run_without_a_router_of_features_may_have_one(tmp_path: Path) -> None
 
 def test_the_route_is_refused_where_the_run_has_no_router_lm(tmp_path: Path) -> None:
     without = play(configured(tmp_path, router=False), tmp_path, Played.finish)
-    with pytest.raises(Refused, match=r"'router:8' needs a trained router LM, .* its stages have no router"):
+    with pytest.raises(Refused, match=r"router:W need a trained router LM, .* its stages have no router"):
         evaluate_run(RunSnapshot.open(without), routes=["router:8"])
 
 
@@ -184,7 +238,7 @@ def test_the_route_is_refused_before_the_router_lm_is_trained(tmp_path: Path) ->
             pass
 
     snapshot = RunSnapshot.open(play(configured(tmp_path), tmp_path, until_it_is_trained))
-    with pytest.raises(Refused, match=r"'router:8' needs a trained router LM, .* let the run go on first"):
+    with pytest.raises(Refused, match=r"router:W need a trained router LM, .* let the run go on first"):
         evaluate_run(snapshot)
 
 
