@@ -21,5 +21,6 @@ def give_back_large_buffers() -> bool:
     settings = ((_ARENA_MAX, ARENAS), (_MMAP_THRESHOLD, LARGE_BYTES), (_TRIM_THRESHOLD, LARGE_BYTES))
     with contextlib.suppress(AttributeError, OSError, TypeError):
         library = ctypes.CDLL(None)
-        return sum(library.mallopt(parameter, value) for parameter, value in settings) == len(settings)
+        accepted = [library.mallopt(parameter, value) == 1 for parameter, value in settings]
+        return all(accepted)
     return False

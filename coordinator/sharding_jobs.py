@@ -16,6 +16,7 @@ from coordinator.state import State, Task
 from coordinator.task_outputs import outputs_of
 from corpus.token_file import TokenFile
 from model.store import BlobStore
+from routing.frozen import FrozenRouter, read_router
 from routing.records import Assignments, Features, Losses, evaluated_positions
 from routing.sharding import UnusableShards, check_sizes, divide, manifests, merge, random_shards
 
@@ -118,13 +119,10 @@ class ShardingJobs:
         self, task: Task, state: State, candidates: int | None
     ) -> Callable[[npt.NDArray[Any]], npt.NDArray[np.int64]] | None:
         """What names the nearest paths (N, candidates) of features, by the router so far; None: all paths."""
-        from routing.frozen import read_router
-
-        router = self._plan.router(state)
-        if candidates is None or router is None:
+        former = self._former(state)
+        if candidates is None or former is None:
             return None
-        frozen = read_router(self._store.path(router.digest).read_bytes())
-        return lambda z: frozen.nearest(z, candidates)[0]
+        return lambda z: former.nearest(z, candidates)[0]
 
     def _phases_worth(self, tokens: int) -> float:
         """Scoring is a forward pass: a third of what a step costs (Kaplan et al., arXiv 2001.08361, Sec 2.1)."""
@@ -149,6 +147,7 @@ class ShardingJobs:
             "best_loss": fitted.best_loss,
             "label_loss": fitted.label_loss,
             "gater_loss": fitted.gater_loss,
+            "former_loss": self._former_loss(state, z, losses),
         }
         self._say(
             f"{task.stage}: gater on {len(ids):,} sequences; labels {_percent(found['label_shares'])} %, "
@@ -157,6 +156,20 @@ class ShardingJobs:
         if not fitted.converged:
             self._say(f"{task.stage}: the gater's regression has not converged; raise reshard.gater.regularization")
         return {"router": list(self._store.put_bytes(fitted.gater.to_bytes())), "gater": found}
+
+    def _former_loss(self, state: State, z: npt.NDArray[np.float32], losses: npt.NDArray[np.float64]) -> float | None:
+        """Mean nats of the router sequences under the router so far, of those that its choice was scored for."""
+        former = self._former(state)
+        if former is None:
+            return None
+        chosen = np.take_along_axis(losses, former.paths(z)[:, None], axis=1)
+        scored = chosen[np.isfinite(chosen)]
+        return float(scored.mean()) if len(scored) else None
+
+    def _former(self, state: State) -> FrozenRouter | None:
+        """The router by which the shards are as they are."""
+        router = self._plan.router(state)
+        return None if router is None else read_router(self._store.path(router.digest).read_bytes())
 
     def _scored(
         self, task: Task, state: State

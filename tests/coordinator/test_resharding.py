@@ -74,6 +74,8 @@ def test_what_was_scored_is_reported(resharded: Path) -> None:
     assert sum(found["label_shares"]) == pytest.approx(1.0)
     assert min(found["label_shares"]) > 0.0
     assert 0.0 <= found["agreement"] <= 1.0
+    assert found["best_loss"] <= found["label_loss"]
+    assert found["best_loss"] <= found["former_loss"], "no router beats the best path of every sequence"
 
 
 def test_nothing_that_nobody_names_is_left(resharded: Path) -> None:
