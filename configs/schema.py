@@ -20,6 +20,8 @@ from configs.stages import EvaluateStage, PretrainStage, ReshardStage, RouterSta
 
 # Names of models, and of the mixture in reports, that no baseline may have.
 RESERVED = frozenset({"base", "mixture", "router", "dipaco", "dipaco-best"})
+# Names of stages: a baseline is a stage of its own name.
+_STAGE_NAME = re.compile(r"corpus|initialise|pretrain|shard|targets|evaluate|(train|reshard)(-[0-9]+)?")
 _STAGES = re.compile(r"(pretrain)?( ?shard( train( reshard train)*( router)?)?)?( ?evaluate)?")
 
 
@@ -434,6 +436,9 @@ class Experiment(Section):
         if len(set(names)) != len(names) or RESERVED & set(names):
             reserved = ", ".join(sorted(RESERVED))
             raise ValueError(f"baseline names {names} must differ from one another and from {reserved}")
+        taken = [name for name in names if _STAGE_NAME.fullmatch(name)]
+        if taken:
+            raise ValueError(f"baseline {taken[0]!r} has the name of a stage; take another")
         return self
 
 

@@ -71,6 +71,8 @@ class Evaluation:
 
     def run(self) -> dict[str, Any]:
         """The summary of routing.evaluation, with fixed paths (`path:I.J`) beside the routes."""
+        if self._fixed and MIXTURE not in self._plan.evaluated_models():
+            raise Refused(f"route {self._fixed[0]!r} names a path of the mixture, and this run trains none")
         first, *others = self._versions
         tables = {model: self.losses(model, first) for model in self._plan.evaluated_models()}
         if not next(iter(tables.values())).tokens:

@@ -39,6 +39,7 @@ def test_an_empty_section_turns_it_on_with_its_defaults() -> None:
         ({"corpus": {"splits": {"stop": 0.0}}}, "measures the stop split: set corpus.splits.stop above 0"),
         ({"stages": [{"kind": "shard"}]}, "chooses among the versions of a train stage, and stages has none"),
         ({"early_stopping": {"every": 0}}, r"early_stopping\.every is 0, expected a value above 0"),
+        ({"baselines": [{"name": "train-2"}]}, "baseline 'train-2' has the name of a stage; take another"),
         ({"baselines": [{"name": "dipaco-best"}]}, "must differ from one another and from base, dipaco, dipaco-best"),
         ({"early_stopping": {"patience": 3}}, r"unknown key experiment\.early_stopping\.patience"),
     ],
