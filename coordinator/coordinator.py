@@ -171,7 +171,7 @@ class Coordinator:
         self._changed = asyncio.Event()
 
     async def farewell(self) -> None:
-        """Give workers the time to hear that the run is finished."""
+        """Give workers the time to hear that the run is finished, and to leave: the answer may be lost on its way."""
         until = time.monotonic() + FAREWELL_S
         while time.monotonic() < max(self._awaited_until, until if self._machine.claims.allowed() else 0.0):
             await asyncio.sleep(0.05)
@@ -235,8 +235,6 @@ class Coordinator:
                     lease.spec,  # type: ignore[arg-type]
                     mtbf_s=self._machine.leases.liveness.losses.mtbf_s(),
                 )
-            if lease.finished:
-                self._machine.state.workers.pop(worker_id, None)
             remaining = until - time.monotonic()
             if lease.finished or self.paused or remaining <= 0:
                 return LeaseAnswer(waiting_for=lease.waiting_for, finished=lease.finished)

@@ -126,6 +126,8 @@ class Worker:
                 lease = self._client.lease(joined.worker_id, LEASE_WAIT_S, cached)
             if lease.finished:
                 self._say("the run is finished")
+                with suppress(*WIRE_ERRORS):  # the coordinator waits for a moment for those who have not left
+                    self._client.release(joined.worker_id, "", 0, leaving=True)
                 return
             if lease.spec is not None:
                 said = ""

@@ -155,6 +155,24 @@ def test_a_lease_without_heartbeats_runs_out(tmp_path: Path) -> None:
     play(tmp_path, script, heartbeat_s=0.05, lease_s=0.2)
 
 
+def test_a_worker_is_waited_for_until_it_has_left_as_the_answer_may_be_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("coordinator.coordinator.FAREWELL_S", 3600.0)
+
+    async def script(run: Played) -> None:
+        await run.finish()
+        farewell = asyncio.create_task(run.coordinator.farewell())
+        await asyncio.sleep(0.2)
+        assert not farewell.done()
+        assert (await run.lease()).finished, "it may ask again"
+        await run.coordinator.release(ReleaseArgs(run.worker_id, "", 0, leaving=True))
+        async with asyncio.timeout(60):
+            await farewell
+
+    play(tmp_path, script)
+
+
 # --- restarts ---------------------------------------------------------------------------------------------------------
 
 

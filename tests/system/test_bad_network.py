@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import random
 import threading
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from coordinator.snapshot import RunSnapshot
 from dipaco.network import Network
 from dipaco.relay import Relays
 from tests.small_run import PATIENCE_S, SmallRun, undisturbed_digest
+from worker.client import Lease, WorkerClient
 
 # The run passes about a megabyte, so that connections last for a few calls each.
 CUTS = (20_000, 120_000)
@@ -57,13 +61,36 @@ def test_a_partition_of_three_seconds(run: SmallRun, expected: str) -> None:
 
 
 def test_connections_that_are_reset_again_and_again(run: SmallRun, expected: str) -> None:
-    """At random: on a slow machine, no fixed interval might be long enough for a connection and a call on it."""
+    """At random, since on a slow machine no fixed interval might be long enough for a connection and a call on it.
+
+    Until the run is over: its coordinator waits for a moment only for those who did not hear of that.
+    """
     intervals = random.Random(2)
     with Relays(run.address, Network(latency_s=0.02, jitter_s=0.01, rate_bits_per_s=20e6), seed=2) as relays:
         thread = threading.Thread(target=run.worker(relays.addresses[0]).run)
         thread.start()
         while thread.is_alive():
             thread.join(intervals.expovariate(1 / 0.5))
-            relays.drop(0)
+            if not RunSnapshot.open(run.run_dir).state.standing.finished:
+                relays.drop(0)
         assert relays.counts().cut_connections >= 3
+    assert run.digest() == expected
+
+
+def test_the_answer_that_the_run_is_over_is_lost(run: SmallRun, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    lease = WorkerClient.lease
+    lost: list[Lease] = []
+
+    def lossy(client: WorkerClient, *args: Any) -> Lease:
+        answer = lease(client, *args)
+        if not answer.finished or lost:
+            return answer
+        lost.append(answer)
+        time.sleep(0.5)  # before it is asked for again
+        monkeypatch.setattr(client, "_patience_s", PATIENCE_S)
+        return lease(client, *args)
+
+    monkeypatch.setattr(WorkerClient, "lease", lossy)
+    run.worker().run()
+    assert len(lost) == 1
     assert run.digest() == expected

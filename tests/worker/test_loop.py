@@ -29,6 +29,8 @@ from worker.train import run_train
 if TYPE_CHECKING:
     from tests.worker.conftest import MakeRun, TinyRun
 
+# What a worker that leaves the run releases: whatever it holds, for no reason.
+LEFT = ("", "", True)
 OFFER = Capabilities(devices=["cpu"], memory_bytes=10**9, threads=1, fingerprint="made up")
 
 
@@ -145,7 +147,7 @@ def test_leases_runs_uploads_and_completes_until_the_run_is_finished(run: TinyRu
     }
     assert sum(second.fetched_bytes.values()) == 0
     assert len(coordinator.fetched) == len(set(coordinator.fetched))
-    assert coordinator.released == []
+    assert coordinator.released == [LEFT]
     assert stage.said[-1] == "the run is finished"
     assert not list((stage.cache / "outputs").iterdir())
 
@@ -181,7 +183,8 @@ def test_a_failed_task_is_released_with_its_reason_and_the_next_is_taken(
     stage = Stage(run, [missing, run.train_spec(path)])
     monkeypatch.setattr(stage.worker.departure.asked, "wait", lambda timeout: False)
     assert stage.run() == 0
-    ((task_id, reason, leaving),) = stage.coordinator.released
+    (task_id, reason, leaving), left = stage.coordinator.released
+    assert left == LEFT
     assert (task_id, leaving) == ("train/TRAIN/1/0", False)
     assert reason == f"UnknownBlob: no blob {'0' * 64}"
     assert list(stage.coordinator.completed) == ["train/TRAIN/2/0"]
@@ -193,7 +196,7 @@ def test_a_task_whose_lease_is_lost_is_dropped(run: TinyRun) -> None:
     stage.coordinator.heartbeat_s = 0.01
     stage.coordinator.on_beat = lambda steps: stage.coordinator.leased == 1 and steps > 0
     assert stage.run() == 0
-    assert stage.coordinator.released == []
+    assert stage.coordinator.released == [LEFT]
     assert list(stage.coordinator.completed) == ["train/TRAIN/2/0"]
     assert any("its lease is lost" in line for line in stage.said)
 
@@ -223,7 +226,7 @@ def test_a_refused_upload_drops_the_task(run: TinyRun, refusal: Exception) -> No
 
     stage.coordinator.on_upload = refuse
     assert stage.run() == 0
-    assert stage.coordinator.released == []
+    assert stage.coordinator.released == [LEFT]
     assert list(stage.coordinator.completed) == ["train/TRAIN/2/0"]
 
 
@@ -249,7 +252,7 @@ def test_sigterm_hands_a_long_task_back_at_once(run: TinyRun, monkeypatch: pytes
     assert stage.coordinator.completed == {}
     [kept] = stage.coordinator.progress
     assert kept.steps > 1, "what it had is kept for the next holder"
-    assert stage.coordinator.released == [("", "", True)]
+    assert stage.coordinator.released == [LEFT]
     assert signal.getsignal(signal.SIGTERM) == before
 
 
@@ -260,7 +263,7 @@ def test_a_checkpoint_that_is_there_no_more_is_asked_for_again(run: TinyRun) -> 
     spec = run.train_spec(run.add_modules("base"))
     stage = Stage(run, [spec.model_copy(update={"resume": outdated}), spec])
     assert stage.run() == 0
-    assert stage.coordinator.released == []
+    assert stage.coordinator.released == [LEFT]
     assert len(stage.coordinator.completed) == 1
 
 
@@ -279,7 +282,7 @@ def test_sigterm_lets_a_task_finish_that_is_nearly_done(run: TinyRun) -> None:
     stage.coordinator.on_beat = beat
     assert stage.run() == 0
     assert list(stage.coordinator.completed) == ["train/TRAIN/1/0"]
-    assert stage.coordinator.released == [("", "", True)]
+    assert stage.coordinator.released == [LEFT]
 
 
 def test_sigterm_cuts_the_wait_for_a_task_short(run: TinyRun) -> None:
@@ -295,7 +298,7 @@ def test_sigterm_cuts_the_wait_for_a_task_short(run: TinyRun) -> None:
     thread.start()
     assert stage.run() == 0
     thread.join()
-    assert stage.coordinator.released == [("", "", True)]
+    assert stage.coordinator.released == [LEFT]
 
 
 def test_a_second_signal_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
