@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -153,6 +154,12 @@ class Driver:
 
     def versions(self) -> dict[str, tuple[int, str]]:
         return {key: (row.version, row.params.digest) for key, row in self.machine.state.modules.items()}
+
+
+def history(drawn: bytes, names: Sequence[str], actions: Sequence[str]) -> list[tuple[str, str]]:
+    """Who does what, one after the other, by two bytes each: to draw the bytes costs less than to draw each turn."""
+    turns = zip(drawn[::2], drawn[1::2], strict=True)
+    return [(names[who % len(names)], actions[what % len(actions)]) for who, what in turns]
 
 
 def undisturbed(config: Config) -> Driver:
