@@ -365,6 +365,11 @@ class Experiment(Section):
             raise ValueError(f"a {kind} stage scores the router split: set corpus.splits.router above 0")
         if num_paths < 2:
             raise ValueError(f"a {kind} stage chooses between paths, and this topology has one")
+        if self.sharding.kind == "random" and any(stage.candidates for stage in self.reshards[:1]):
+            raise ValueError(
+                "reshard.candidates are the nearest paths by the router so far, and random shards have none before the "
+                "first reshard: leave it out there, or set sharding.kind to kmeans or product-kmeans"
+            )
         for stage in self.reshards:
             if stage.candidates is not None and not 2 <= stage.candidates <= num_paths:
                 raise ValueError(f"reshard.candidates must be 2..{num_paths} (the paths), not {stage.candidates}")

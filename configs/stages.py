@@ -56,7 +56,7 @@ class ReshardStage(Section):
 
     kind: Literal["reshard"]
     gater: GaterConfig = GaterConfig()
-    # Of the router split, scored under every path; null: all of them.
+    # Of each token file of the router split, scored under every path; null: all of them.
     max_sequences: PositiveInt | None = None
     # Score each sequence under its so many nearest paths only, by the router so far; null: under all paths.
     candidates: PositiveInt | None = None
@@ -73,7 +73,8 @@ class RouterStage(Section):
     inner_steps: PositiveInt
     # Tokens ahead that a path is best for; one router serves every interval of `router:W`.
     window: PositiveInt = 64
-    # Of each file of the router split, scored under every path and trained on; null: all of them.
+    # Of each token file of the router split, scored under every path token by token and trained on; null: as many as
+    # a record of 128 MiB holds.
     max_sequences: PositiveInt | None = None
 
     @model_validator(mode="after")

@@ -50,7 +50,7 @@ class EarlyStopping:
                 path=path,
                 tokens=blob(part["file"]),
                 prefix_tokens=self._plan.experiment.sharding.prefix_tokens,
-                chunk_tokens=self._plan.chunk_tokens(),
+                chunk_tokens=self._plan.experiment.model.sequence_length,  # only the sum over a sequence is needed
                 numerics=self._plan.numerics,
                 max_sequences=self._config.max_sequences,
                 selection=selection,

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from coordinator.evaluation_steps import BEST_OF_MIXTURE, REPORTED
+from coordinator.held_out import HeldOut
 from coordinator.plan import BASE, MIXTURE, Plan, seed_of
 from coordinator.router_jobs import RouterJobs
 from coordinator.sharding_jobs import ShardingJobs
@@ -37,6 +38,7 @@ class Jobs:
         self._run: dict[str, Callable[[Task, State], dict[str, Any]]] = {
             "BUILD": self._build,
             "INITIALISE": self._initialise,
+            "CHECK": HeldOut(plan, store).check,
             "FIT": sharding.fit,
             "SELECT": sharding.select,
             "GATE": sharding.gate,

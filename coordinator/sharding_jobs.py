@@ -50,7 +50,17 @@ class ShardingJobs:
             found = merge([assigned[part["index"]] for part in self._parts(state, "train")])
             shards = divide(found, num_shards, experiment.sharding)
         batch_tokens = experiment.inner.batch_rows * experiment.model.sequence_length
-        tokens = check_sizes(shards, ids, lengths, batch_tokens)
+        try:
+            tokens = check_sizes(shards, ids, lengths, batch_tokens)
+        except UnusableShards:
+            if state.stages[task.stage].kind != "reshard":
+                raise
+            # A run that has trained goes on, with shards of equal size: those that it began with were large enough.
+            self._say(
+                f"{task.stage}: the gater leaves a shard below one batch; all get as many sequences as one another"
+            )
+            shards = divide(found, num_shards, experiment.sharding.model_copy(update={"capacity": 1.0}))
+            tokens = check_sizes(shards, ids, lengths, batch_tokens)
         self._say(f"shards hold {_percent([held / sum(tokens) for held in tokens])} % of the tokens")
         version = "" if router is None else router.digest
         stored = [self._store.put_bytes(m.to_bytes()) for m in manifests(shards, version, experiment.sharding.overlap)]
@@ -175,20 +185,20 @@ class ShardingJobs:
         self, task: Task, state: State
     ) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.float32], npt.NDArray[np.float64]]:
         """Ids (N), features (N, D) and losses (N, P; inf where a path was not scored) of the router sequences."""
-        found = dict(outputs_of(self._store, state, task.stage, "SCORE", "losses"))
-        ids, z, losses = [], [], []
-        for part, features in zip(self._router_parts(state), self._features(task, state), strict=True):
-            table = np.full((len(features.ids), self._plan.mixture.num_paths), np.inf)
-            for path_index in range(self._plan.mixture.num_paths):
-                data = found.get(f"{path_index}-{part['index']}")
-                if data is not None:
-                    record = Losses.from_bytes(data)
-                    table[record.positions, path_index] = record.loss.sum(axis=1)
-            scored = np.isfinite(table).any(axis=1)
-            ids.append(features.ids[scored])
-            z.append(features.z[scored])
-            losses.append(table[scored])
-        return np.concatenate(ids), np.concatenate(z), np.concatenate(losses)
+        parts = [str(part["index"]) for part in self._router_parts(state)]
+        features = dict(zip(parts, self._features(task, state), strict=True))
+        shape = self._plan.mixture.num_paths
+        tables = {part: np.full((len(found.ids), shape), np.inf) for part, found in features.items()}
+        for subject, data in outputs_of(self._store, state, task.stage, "SCORE", "losses"):  # one record at a time
+            path_index, _, part = subject.partition("-")
+            record = Losses.from_bytes(data)
+            tables[part][record.positions, int(path_index)] = record.loss.sum(axis=1)
+        scored = {part: np.isfinite(table).any(axis=1) for part, table in tables.items()}
+        return (
+            np.concatenate([features[part].ids[scored[part]] for part in parts]),
+            np.concatenate([features[part].z[scored[part]] for part in parts]),
+            np.concatenate([tables[part][scored[part]] for part in parts]),
+        )
 
     def _router_parts(self, state: State) -> list[dict[str, Any]]:
         return self._parts(state, "router")

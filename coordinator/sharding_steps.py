@@ -42,16 +42,17 @@ class ShardingSteps:
         return [stage_task(stage.name, "FIT", "router")]
 
     def _assign(self, state: State, stage: Stage) -> list[Task]:
-        router, top_n = self._plan.fitted(state, stage), self._top_n()
+        router, top_n = self._plan.fitted(state, stage), self._top_n(stage)
         tasks = featurize_tasks(self._plan, state, stage.name, "assign", "train", router=router, top_n=top_n)
         if self._experiment.early_stopping is not None:
             tasks += featurize_tasks(self._plan, state, stage.name, "assign", "stop", router=router, top_n=1)
         return tasks
 
-    def _top_n(self) -> int:
-        """How many choices of every sequence the division needs: all of them where shards have a capacity."""
+    def _top_n(self, stage: Stage) -> int:
+        """How many choices of every sequence the division needs: all where shards have, or may get, a capacity."""
         sharding = self._experiment.sharding
-        return self._plan.mixture.num_shards if sharding.capacity is not None else sharding.overlap
+        all_of_them = sharding.capacity is not None or stage.kind == "reshard"
+        return self._plan.mixture.num_shards if all_of_them else sharding.overlap
 
     def _divide(self, state: State, stage: Stage) -> list[Task]:
         return [stage_task(stage.name, "DIVIDE", "shards")]
@@ -75,8 +76,8 @@ class ShardingSteps:
         """Losses of the router sequences under each path: all of them, or those that have it among their candidates."""
         selected = local_result(state, stage.name, "SELECT")["selections"]
         selections = {subject: blob(pair) for subject, pair in selected.items()}
-        grid = self._plan.chunk_tokens()
-        return score_tasks(self._plan, state, stage.name, chunk_tokens=grid, selections=selections)
+        whole = self._experiment.model.sequence_length  # only the sum over a sequence is needed
+        return score_tasks(self._plan, state, stage.name, chunk_tokens=whole, selections=selections)
 
     def _gate(self, state: State, stage: Stage) -> list[Task]:
         return [stage_task(stage.name, "GATE", "router")]

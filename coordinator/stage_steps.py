@@ -26,7 +26,7 @@ class StageSteps:
         self.experiment = plan.experiment
         self._sharding, self._router = ShardingSteps(plan), RouterSteps(plan)
         self._steps: dict[str, tuple[Step, ...]] = {
-            "corpus": (self._build, self._tokenize),
+            "corpus": (self._build, self._tokenize, self._check),
             "initialise": (self._initialise,),
             "shard": self._sharding.shard,
             "reshard": self._sharding.reshard,
@@ -95,8 +95,14 @@ class StageSteps:
             for part in built["ranges"]
         ]
 
+    def _check(self, state: State, stage: Stage) -> list[Task]:
+        """Whether the held-out splits will do for what is to be fitted to them: before anything is trained."""
+        experiment = self.experiment
+        needed = experiment.reshards or experiment.router or experiment.early_stopping
+        return [stage_task(stage.name, "CHECK", "splits")] if needed else []
+
     def _concluded_corpus(self, state: State) -> dict[str, Any]:
-        built = dict(local_result(state, "corpus"))
+        built = dict(local_result(state, "corpus", "BUILD"))
         packed = {task.subject: task for task in state.tasks_of("corpus") if task.kind == "PACK"}
         ranges = []
         for part in built["ranges"]:

@@ -326,6 +326,8 @@ def local_result(task: Task, plan: Plan) -> dict[str, Any]:
         return {"modules": {module_id: _pair("first", module_id) for module_id in plan.dense.module_ids}}
     if task.kind == "FIT":
         return {"router": _pair("router")}
+    if task.kind == "CHECK":
+        return {}
     if task.kind == "SELECT":
         scored = [f"{path_index}-4" for path_index in range(plan.mixture.num_paths)]
         return {"selections": {subject: _pair("selection", subject) for subject in scored}}

@@ -140,3 +140,45 @@ def test_any_number_of_reshards_is_carried_out_in_turn() -> None:
     ]
     assert stages["train-2"].started_s >= stages["reshard"].finished_s > stages["train"].finished_s
     assert all(module.version == 6 for module in run.machine.state.modules_of("mixture"))
+
+
+def test_too_few_sequences_to_fit_a_gater_to_are_told_before_anything_is_trained(tmp_path: Path) -> None:
+    config = config_of(tmp_path, reshard=True)
+    splits = config.experiment.corpus.splits.model_copy(update={"router": 0.02})
+    corpus = config.experiment.corpus.model_copy(update={"splits": splits})
+    config = config.model_copy(update={"experiment": config.experiment.model_copy(update={"corpus": corpus})})
+
+    async def until_paused() -> str:
+        async with played(config, tmp_path / "run") as run:
+            while not (paused := run.coordinator._machine.state.standing.paused):
+                lease = await run.lease(wait_s=0.1)
+                if lease.spec is not None:
+                    await run.task(lease)
+            assert "pretrain" not in [metric["stage"] for metric in RunSnapshot.open(run.run_dir).metrics]
+            return paused
+
+    paused = asyncio.run(until_paused())
+    assert "the split 'router' has" in paused
+    assert "raise corpus.splits.router" in paused
+
+
+def test_a_gater_that_starves_a_shard_does_not_end_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Argmax of a gater that knows one path alone: the shards get as many sequences as one another instead."""
+    paths = Gater.distances
+
+    def one_path_alone(gater: Gater, z: Any) -> Any:
+        distances = paths(gater, z)
+        distances[:, 0] = 0.0
+        return distances
+
+    monkeypatch.setattr(Gater, "distances", one_path_alone)
+    said: list[str] = []
+
+    async def script(run: Played) -> None:
+        await run.finish()
+        said.extend(run.said)
+
+    snapshot = RunSnapshot.open(play(tmp_path, script))
+    sizes = [len(manifest.ids) for manifest in manifests(snapshot)]
+    assert max(sizes) - min(sizes) <= 1
+    assert any("as many sequences as one another" in line for line in said)
