@@ -17,6 +17,7 @@ FILES = sorted(path for path in CONFIGS.rglob("*.yaml") if path.parent.name != "
 # name: (paths, shards, modules)
 SHAPES = {
     "quickstart": (4, 4, 4),
+    "resharded": (4, 4, 4),
     "diloco": (1, 4, 1),
     "flat-experts": (4, 4, 4),
     "dipaco-4x4": (16, 16, 8),
