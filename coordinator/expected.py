@@ -51,12 +51,12 @@ class ExpectedOutput:
 
     @classmethod
     def record(cls, max_bytes: int = RECORD_BYTES) -> ExpectedOutput:
-        """Features, assignments, routes or losses; their codec checks what is in them."""
+        """Features, assignments, routes or losses; what is in them is checked with the task's result."""
         return cls("record", max_bytes)
 
     @classmethod
     def tokens(cls, max_bytes: int = TOKENS_BYTES) -> ExpectedOutput:
-        """A token file."""
+        """A token file; what is in it is checked with the task's result."""
         return cls("tokens", max_bytes)
 
     def check_header(self, header: UploadHeader) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from weakref import WeakValueDictionary
 
@@ -15,11 +15,13 @@ from coordinator.decisions import Decision
 from coordinator.handlers import UploadSink
 from coordinator.ledger import Ledger
 from coordinator.machine import CHECKPOINT
+from coordinator.record_checks import RecordChecks
 from coordinator.spool import Spool
+from coordinator.stage_tasks import local_result
 from coordinator.state import Standing, Task
 from coordinator.traffic import Traffic
 from coordinator.uploads import Upload
-from protocol.tasks import Checkpoint, TaskResult
+from protocol.tasks import BlobRef, Checkpoint, TaskResult
 from protocol.tensors import UploadHeader
 
 
@@ -30,6 +32,7 @@ class Results:
         """`commit` stores a decision and begins what follows from it."""
         self._ledger, self._machine = ledger, ledger.machine
         self._spool, self._traffic, self._commit = spool, traffic, commit
+        self._checks, self._one_check = RecordChecks(ledger.machine.plan, ledger.store), asyncio.Lock()
         self._calls: WeakValueDictionary[tuple[str, int], asyncio.Lock] = WeakValueDictionary()
 
     def upload_offset(self, task_id: str, fence: int, digest: str) -> int:
@@ -48,9 +51,10 @@ class Results:
         async with self._alone(task_id, fence):
             if self._ledger.counts(task_id, fence):
                 return True, None
-            self._machine.leases.held_task(task_id, fence, worker_id)
+            task = self._machine.leases.held_task(task_id, fence, worker_id)
             verified = await asyncio.to_thread(self._spool.verified, task_id, fence)
             self._ledger.garbage.landing_of_task(task_id, [blob.digest for blob in verified.values()])
+            result = await self._checked(task, fence, result, verified)
             await asyncio.to_thread(self._spool.commit, task_id, fence, result.outputs)
             norms = await asyncio.to_thread(self._spool.norms, task_id, fence)
             if self._ledger.counts(task_id, fence):  # under another lease meanwhile
@@ -60,6 +64,26 @@ class Results:
             done = self._count_outputs(worker_id, task_id, fence, result, norms)
             await asyncio.to_thread(self._spool.discard, task_id, fence if done is None else None)
             return done is None, done
+
+    async def _checked(self, task: Task, fence: int, result: TaskResult, verified: Mapping[str, BlobRef]) -> TaskResult:
+        """The result, with sums that its records and token files bear out; tensors were checked as they arrived.
+
+        One output at a time is in memory. Raises RejectedTensor, UnknownBlob. What was not uploaded, or is not among
+        the outputs of the task, is for others to refuse.
+        """
+        if task.kind == "TRAIN" or result.outputs.keys() != self._machine.expected_outputs(task).keys():
+            return result
+        if any(verified.get(name) != blob for name, blob in result.outputs.items()):
+            return result
+        files = {
+            name: self._spool.path(task.task_id, fence, name, blob.digest) for name, blob in result.outputs.items()
+        }
+        state, spec = self._machine.state, self._machine.leases.matching.spec(task)
+        corpus = state.stages["corpus"].result or local_result(state, "corpus")
+        async with self._one_check:
+            return await asyncio.to_thread(
+                self._checks.checked, task.task_id, spec, result, files, corpus["vocab_size"]
+            )
 
     def _count_outputs(
         self, worker_id: str, task_id: str, fence: int, result: TaskResult, norms: dict[str, float]

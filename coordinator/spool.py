@@ -68,6 +68,11 @@ class Spool:
         """The outputs that arrived whole and passed, by name."""
         return {output: verified.blob for output, verified in self._records(task_id, fence).items()}
 
+    def path(self, task_id: str, fence: int, output: str, digest: str) -> Path:
+        """Where the bytes of a verified output lie: here, or in the store after a commit."""
+        whole = self._files(task_id, fence, output, digest).whole
+        return whole if whole.exists() else self._store.path(digest)
+
     def norms(self, task_id: str, fence: int) -> dict[str, float]:
         """The L2 norm of each verified output that holds tensors, by name."""
         records = self._records(task_id, fence)

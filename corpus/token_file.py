@@ -20,6 +20,7 @@ from jaxtyping import UInt, UInt16, UInt32, UInt64
 
 MAGIC = b"DPTOKEN1"
 _ALIGNMENT = 64
+_PART_TOKENS = 1 << 20
 
 
 class BadTokenFile(ValueError):
@@ -115,6 +116,13 @@ class TokenFile:
             raise BadTokenFile(f"{self.path} has been closed")
         return self._tokens[self._starts[position] : self._starts[position + 1]]
 
+    def largest_token(self) -> int:
+        """The largest token of the file (0 of none); reads all of it, a part at a time."""
+        if self._tokens is None:
+            raise BadTokenFile(f"{self.path} has been closed")
+        parts = (self._tokens[start : start + _PART_TOKENS] for start in range(0, self.num_tokens, _PART_TOKENS))
+        return max((int(part.max()) for part in parts), default=0)
+
     def close(self) -> None:
         """Let go of the mapping; views taken before stay valid."""
         self._tokens = None
@@ -138,7 +146,7 @@ def _read_index(path: Path, packed: bytes) -> tuple[SequenceIndex, np.dtype[Any]
         )
         dtype = np.dtype({"uint16": "<u2", "uint32": "<u4"}[fields["dtype"]])
         count = int(fields["count"])
-    except (ValueError, TypeError, KeyError, msgpack.UnpackException) as error:
+    except (ValueError, TypeError, KeyError, OverflowError, msgpack.UnpackException) as error:
         raise BadTokenFile(f"{path} has a broken index: {error}") from None
     if any(len(part) != count for part in (index.ids, index.lengths, index.domains, index.documents)):
         raise BadTokenFile(f"{path} has an index whose parts do not all have {count} sequences")

@@ -57,7 +57,7 @@ def _array(record: dict[str, Any], key: str, dtype: str, *shape: int) -> npt.NDA
         raise MalformedRecord(f"a record lacks {key!r}")
     try:
         return np.frombuffer(raw, dtype).reshape(shape)
-    except ValueError:
+    except (ValueError, OverflowError):
         raise MalformedRecord(f"{key!r} of a record holds {len(raw)} bytes, which is not {dtype} of {shape}") from None
 
 

@@ -30,7 +30,7 @@ MAY_IMPORT = {
 MAY_USE_GRPC = {"service.py", "server.py", "client.py"}
 TORCH_FREE = ["configs", "protocol", "model.topology", "model.layout", "model.inner_state", "corpus"]
 TORCH_FREE += [f"routing.{name}" for name in ("agreement", "drift", "frozen", "gating", "load", "neighbours")]
-TORCH_FREE += ["routing.sharding"]
+TORCH_FREE += ["routing.positions", "routing.sharding"]
 TORCH_FREE += [
     f"coordinator.{name}"
     for name in (
@@ -45,6 +45,7 @@ TORCH_FREE += [
         "norms",
         "plan",
         "early_stopping",
+        "record_checks",
         "stage_steps",
         "journal",
         "status",

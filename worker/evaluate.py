@@ -21,6 +21,7 @@ from corpus.token_file import TokenFile
 from corpus.tokenizer import Tokenizer
 from model.transformer import PathModel
 from protocol.tasks import EvaluateSpec, TaskResult
+from routing.positions import num_chunks
 from routing.records import Losses, evaluated_positions
 from worker.numerics import Compute, applied
 from worker.outcome import Progress, TaskOutcome, blob_of, no_progress
@@ -85,7 +86,7 @@ class LossGrid:
 
     def __init__(self, num_sequences: int, sequence_length: int, prefix_tokens: int, chunk_tokens: int) -> None:
         self._prefix_tokens, self._chunk_tokens = prefix_tokens, chunk_tokens
-        shape = (num_sequences, -(-(sequence_length - 1 - prefix_tokens) // chunk_tokens))
+        shape = (num_sequences, num_chunks(sequence_length, prefix_tokens, chunk_tokens))
         self.loss = np.zeros(shape, np.float64)
         self.count = np.zeros(shape, np.uint32)
         self.bytes = np.zeros(shape, np.uint32)

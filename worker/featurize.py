@@ -3,7 +3,7 @@
 What is batched together follows from the file and the spec alone, so neither the machine nor the number of workers
 changes a bit of z.
 
-Legend: N sequences, S sampled ones, D features, C chunks.
+Legend: N sequences, D features, C chunks.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Int64, UInt64
 
 from configs.schema import Experiment
 from corpus.token_file import TokenFile
 from protocol.tasks import FeaturizeSpec, MalformedMessage, TaskResult
 from routing.features import features_of, first_prefix, prefix_before
 from routing.frozen import FrozenRouter, read_router
+from routing.positions import num_chunks, sampled_positions
 from routing.records import Assignments, Features, Routes, evaluated_positions
 from worker.look import look
 from worker.numerics import applied
@@ -84,23 +84,6 @@ def run_featurize(
     return TaskOutcome({name: out_path}, result)
 
 
-def sampled_positions(ids: UInt64[np.ndarray, " N"], seed: int, share: float) -> Int64[np.ndarray, " S"]:
-    """Positions of the ids whose hash with the seed falls below `share`: the same whatever file an id stands in.
-
-    The hash is the finaliser of SplitMix64 (Steele et al. 2014), twice.
-    """
-    hashes = _mixed(_mixed(ids) ^ np.uint64(seed % 2**64))
-    below: np.ndarray = np.flatnonzero((hashes >> np.uint64(11)).astype(np.float64) * 2.0**-53 < share)
-    return below
-
-
-def _mixed(values: np.ndarray) -> np.ndarray:
-    mixed = values + np.uint64(0x9E3779B97F4A7C15)
-    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return mixed ^ (mixed >> np.uint64(31))
-
-
 def _router(path: Path | None) -> FrozenRouter:
     if path is None:
         raise MalformedMessage("a FEATURIZE task that assigns or routes needs a router")
@@ -131,9 +114,8 @@ def _route(
     first, posterior = router.paths(z).astype(np.uint16), router.posterior(z).astype(np.float32)
     every = {}
     for interval in spec.intervals:
-        num_chunks = -(-(sequence_length - 1 - spec.prefix_tokens) // interval)
-        paths = np.repeat(first[:, None], num_chunks, axis=1)  # (N, C)
-        for chunk in range(1, num_chunks):
+        paths = np.repeat(first[:, None], num_chunks(sequence_length, spec.prefix_tokens, interval), axis=1)  # (N, C)
+        for chunk in range(1, paths.shape[1]):
             start = spec.prefix_tokens + 1 + chunk * interval  # index of the chunk's first target
             reached = np.flatnonzero(file.lengths[positions] > start)
             sequences = [file.tokens(int(position)) for position in positions[reached]]

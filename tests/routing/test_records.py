@@ -98,6 +98,14 @@ def test_a_missing_field_is_refused(name: str, key: str) -> None:
         type(RECORDS[name]).from_bytes(msgpack.packb(record))
 
 
+@pytest.mark.parametrize("key", ["dim", "top_n", "paths", "chunks"])
+def test_a_size_that_no_array_has_is_refused(key: str) -> None:
+    name = {"dim": "features", "top_n": "assignments", "paths": "routes", "chunks": "losses"}[key]
+    record = msgpack.unpackb(RECORDS[name].to_bytes()) | {key: 2**63}
+    with pytest.raises(MalformedRecord):
+        type(RECORDS[name]).from_bytes(msgpack.packb(record))
+
+
 @settings(deadline=None)
 @given(st.sampled_from(sorted(RECORDS)), st.binary(max_size=40) | st.integers().map(lambda n: msgpack.packb(n % 2**60)))
 def test_noise_is_refused(name: str, data: bytes) -> None:

@@ -15,8 +15,9 @@ from protocol.tasks import FeaturizeSpec, MalformedMessage, Numerics
 from routing.clusters import Clusters, Group
 from routing.features import features_of
 from routing.gater import Gater
+from routing.positions import sampled_positions
 from routing.records import Assignments, Features, Routes, evaluated_positions
-from worker.featurize import run_featurize, sampled_positions
+from worker.featurize import run_featurize
 from worker.task_path import topology_of
 
 if TYPE_CHECKING:
