@@ -1,9 +1,14 @@
-"""What is known of a finished run of the experiment: its perplexities by split, model and route, and what it cost."""
+"""What is known of a finished run of the experiment: its perplexities by split, model and route, and what it cost.
+
+A run whose training diverges never finishes; that it came to no number is what is known of it then.
+"""
 
 from __future__ import annotations
 
 import json
 import math
+import re
+import sqlite3
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +22,11 @@ from model.topology import Topology
 from scripts.experiment_table import DIPACO, MIXTURES, RANDOM, UNROUTED
 
 _FIXED = "path:"
+_FAILED = re.compile(r"task \S+ failed \d+ times \((.+)\)")
+_NOT_FINITE = "NonFiniteStep: "
+"""What a worker puts before the sentence of a step that was not finite (worker/leased_task.py)."""
+UNREADABLE = (ValueError, OSError, sqlite3.Error)
+"""What reading a run directory, or what a command wrote, may raise where it is damaged or not there."""
 
 
 def asked(routes: Iterable[str], experiment: Experiment) -> list[str]:
@@ -33,17 +43,23 @@ def asked(routes: Iterable[str], experiment: Experiment) -> list[str]:
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """A finished run: `run` as `describe` gives it, `found` by split as `dipaco evaluate --json` does."""
+    """A finished run: `run` as `describe` gives it, `found` by split as `dipaco evaluate --json` does.
+
+    `no_number`: why its training has none, empty where it has; of `run` only the `hardware` is known then.
+    """
 
     run: Mapping[str, Any]
     found: Mapping[str, Mapping[str, Any]]
+    no_number: str = ""
 
     def holds(self, split: str, routes: Iterable[str]) -> bool:
-        """Whether all of these routes (in evaluate's own names) were asked for on a split."""
-        return split in self.found and set(routes) <= set(self.found[split]["asked"])
+        """Whether all of these routes (in evaluate's own names) were asked for on a split, or have no answer."""
+        return bool(self.no_number) or (split in self.found and set(routes) <= set(self.found[split]["asked"]))
 
     def perplexity(self, split: str, model: str, route: str) -> float | None:
         """None where it was not measured; infinite where what was measured is no number."""
+        if self.no_number:
+            return math.inf
         values = self._values("perplexity", split, model, route)
         if not values:
             return None
@@ -105,3 +121,17 @@ def describe(run_dir: Path) -> dict[str, Any]:
         "every_step_bytes": 8 * path_parameters * steps,
         **{key: report[key] for key in ("wall_s", "config_digest", "digest", "hardware")},
     }
+
+
+def no_number(run_dir: Path) -> str:
+    """Why a run that ended has no number: the sentence of the step that was not finite, empty where it is none.
+
+    Every attempt at the task that paused the run has to say so: what else went wrong may go right the next time.
+    """
+    try:
+        failed = _FAILED.fullmatch(RunSnapshot.open(run_dir).state.standing.paused)
+    except UNREADABLE:
+        return ""
+    reasons = [told.partition(": ")[2] for told in failed[1].split("; ")] if failed else []
+    diverged = bool(reasons) and all(reason.startswith(_NOT_FINITE) for reason in reasons)
+    return reasons[0].removeprefix(_NOT_FINITE) if diverged else ""

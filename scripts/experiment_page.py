@@ -8,12 +8,13 @@ from typing import Any
 
 from scripts.experiment_plan import Cell, TablePlan
 from scripts.experiment_results import ResultRow, only, paired_ratio, spread_of
-from scripts.experiment_table import BASE_BUDGET, Row
+from scripts.experiment_table import BASE_BUDGET, Row, configured
 
 _HOW = """Perplexity of the test split, without the prefix that the router has seen, for every model alike. A ratio is
 to the reference row of the same seed and budget; ± is the standard deviation over the seeds. Learning rate, reported
 variant and its route were chosen on the validation split; the test split was only reported. Bytes saved: what an
-exchange of every gradient at every step would have moved, over what was moved, inner state included."""
+exchange of every gradient at every step would have moved, over what was moved, inner state included. No number: a step
+of its training was not finite; that counts as infinite where validation chooses, and in no mean."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +65,8 @@ def _section(section: Section) -> list[str]:
     table = section.plan.table
     lines = [f"## {table.title}", "", _what(section), ""]
     lines += _rows(section)
-    for part in (_headline(section), _routes(section), _rates(section), _shards(section), _missing(section)):
+    parts = (_bytes, _headline, _routes, _rates, _shards, _missing)
+    for part in (each(section) for each in parts):
         lines += ["", *part] if part else []
     if section.picture:
         lines += ["", f"![{table.title}]({section.picture})"]
@@ -112,17 +114,30 @@ def _rows(section: Section) -> list[str]:
                 f"{row.label} (`{row.name}`)",
                 row.compute,
                 first[0]["route"],
-                f"{first[0]['parameters']:,}",
-                f"{first[0]['tokens']:,}",
+                _count(first, "parameters"),
+                _count(first, "tokens"),
                 _text(first, "test_perplexity", ".2f"),
                 _text(first, "ratio_to_dense", ".3f"),
                 _text(first, "bits_per_byte", ".4f"),
                 _text(first, "validation_perplexity", ".2f"),
                 _text(first, "bytes_saved", ".1f"),
-                ", ".join(str(each["seed"]) for each in first),
+                _seeds(first),
             ]
         )
     return _table(head, body)
+
+
+def _bytes(section: Section) -> list[str]:
+    """Which rows' bytes hold what early stopping moved, be they of the last version or of the best one."""
+    table, shown = section.plan.table, {row["row"] for row in section.rows}
+    runs = {row.name: configured(table, row, table.seeds[0], BASE_BUDGET, None) for row in table.rows}
+    names = [f"`{name}`" for name, run in runs.items() if name in shown and run.experiment.early_stopping is not None]
+    if not names:
+        return []
+    return [
+        f"Bytes saved of {' and '.join(names)}: these runs keep the best version of every path, and what early "
+        "stopping moves to measure versions is counted among what was moved, also for a row of the last version."
+    ]
 
 
 def _headline(section: Section) -> list[str]:
@@ -145,9 +160,8 @@ def _headline(section: Section) -> list[str]:
             mine = only(section.rows, row=chosen.value, budget=budget, route=each)
             references = [paired_ratio(mine, only(section.rows, row=name, budget=budget)) for name in others]
             ratios = ["-" if ratio is None else ratio.text(".3f") for ratio in references]
-            seeds = ", ".join(str(row["seed"]) for row in mine) or "none"
             body.append([budget, each, _text(mine, "test_perplexity", ".2f"), _text(mine, "ratio_to_dense", ".3f")])
-            body[-1] += [*ratios, seeds]
+            body[-1] += [*ratios, _seeds(mine)]
     head = ["budget", "route", "test perplexity", f"to `{section.plan.table.reference}`"]
     return lines + _table([*head, *(f"to `{name}`" for name in others), "seeds"], body)
 
@@ -179,14 +193,16 @@ def _rates(section: Section) -> list[str]:
 
 def _rate(section: Section, choice: str, row: Row) -> str:
     rate = section.plan.learning_rate(row)
-    if not rate.made:
-        return f"{choice} not chosen yet"
-    return f"{choice} {rate.value:g}" + (" (at the edge of the grid)" if rate.at_edge else "")
+    remarks = ["at the edge of the grid"] if rate.made and rate.at_edge else []
+    if rate.no_number:
+        remarks.append(f"no number at {' and '.join(f'{each:g}' for each in rate.no_number)}")
+    said = f"{choice} {rate.value:g}" if rate.made else f"{choice} not chosen yet"
+    return said + (f" ({'; '.join(remarks)})" if remarks else "")
 
 
 def _shards(section: Section) -> list[str]:
     """Whether any shard starved, where there are several: its share against the fair one."""
-    found = [row for row in section.rows if row["smallest_shard"] < 1.0]
+    found = [row for row in section.rows if row["smallest_shard"] is not None and row["smallest_shard"] < 1.0]
     if not found:
         return []
     least = min(found, key=lambda row: row["smallest_shard"])
@@ -221,6 +237,17 @@ def _named(cell: Cell) -> str:
 def _text(rows: Iterable[ResultRow], key: str, form: str) -> str:
     spread = spread_of(rows, key)
     return "-" if spread is None else spread.text(form)
+
+
+def _count(rows: Iterable[ResultRow], key: str) -> str:
+    """The first of the rows' counts; a run without a number has none."""
+    return next((f"{row[key]:,}" for row in rows if row[key] is not None), "-")
+
+
+def _seeds(rows: Iterable[ResultRow]) -> str:
+    """All of them, and beside those whose training diverged that they are in no mean."""
+    seeds = (f"{row['seed']} (no number)" if row["no_number"] else str(row["seed"]) for row in rows)
+    return ", ".join(seeds) or "none"
 
 
 def _table(head: Sequence[str], body: Iterable[Sequence[str]]) -> list[str]:

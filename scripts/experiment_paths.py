@@ -1,22 +1,20 @@
 """The whole comparison of dense models, DiLoCo, flat experts and DiPaCo, through the product itself.
 
 Reads tables (configs/experiments/*.yaml), carries out every cell by `dipaco run` and `dipaco evaluate`, and writes
-results.json, results.md and a picture a table from whatever is finished. Given again it goes on: a finished cell is not
-run again, an interrupted one continues. `--list` shows the cells and what they cost before anything is started.
+results.json, results.md and a picture a table from whatever is finished. Given again it goes on: a cell that is
+finished, or whose training diverged, is not run again, an interrupted one continues. `--list` shows the cells and what
+they cost before anything is started.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import signal
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -27,18 +25,21 @@ from dipaco.curves import MissingExtra  # noqa: E402
 from dipaco.ending import DONE, UNFINISHED, WRONG, say_wrong  # noqa: E402
 from dipaco.progress import duration  # noqa: E402
 from model.store import write_whole  # noqa: E402
+from scripts.experiment_cell_run import Hands  # noqa: E402
 from scripts.experiment_measurement import describe  # noqa: E402
 from scripts.experiment_page import Circumstances, Section, page  # noqa: E402
+from scripts.experiment_patience import Patience  # noqa: E402
 from scripts.experiment_plan import Cell, TablePlan, merged  # noqa: E402
 from scripts.experiment_plots import draw  # noqa: E402
 from scripts.experiment_results import (  # noqa: E402
     WouldBeLost,
     check_nothing_is_lost,
+    check_tables_are_given,
     is_finished,
     missing,
     result_rows,
 )
-from scripts.experiment_runner import Hands, carry_out  # noqa: E402
+from scripts.experiment_runner import carry_out  # noqa: E402
 from scripts.experiment_table import load_table  # noqa: E402
 from scripts.experiment_work import Work, WorkInUse, data_digest  # noqa: E402
 
@@ -115,7 +116,8 @@ def _state(cell: Cell, work: Work) -> str:
     if cell.provisional:
         return "waits for a choice"
     if not work.left(cell):
-        return "finished"
+        known = work.measurement(cell.digest)
+        return "no number" if known is not None and known.no_number else "finished"
     return "begun" if work.begun(cell) else "open"
 
 
@@ -126,7 +128,7 @@ def print_list(cells: Sequence[dict[str, Any]]) -> None:
         place = f"seed {cell['seed']}, {cell['budget']} budget, lr {cell['learning_rate']:g}"
         print(f"{number:3} {cell['core_s']:7,} core-s  {cell['state']:18}  {names} ({place})")
     total = sum(cell["core_s"] for cell in cells)
-    left = sum(cell["core_s"] for cell in cells if cell["state"] != "finished")
+    left = sum(cell["core_s"] for cell in cells if cell["state"] not in ("finished", "no number"))
     print(
         f"{len(cells)} cells, {total:,} core-s by estimate: {duration(total / 2)} of two cores; "
         f"{duration(left / 2)} of it left"
@@ -134,12 +136,13 @@ def print_list(cells: Sequence[dict[str, Any]]) -> None:
 
 
 def write_results(experiment: Experiment, out: Path, circumstances: Circumstances, say: Callable[[str], None]) -> bool:
-    """Write all files from the finished cells; False, and nothing written, where there is none."""
+    """Write all files from the finished cells; False, and nothing written, where there is none. Raises WouldBeLost."""
     sections = experiment.sections()
     rows = [row for section in sections for row in section.rows]
     if not rows:
         say(f"no cell is finished: nothing is written into {out}")
         return False
+    check_nothing_is_lost(out / "results.json", experiment.plans, rows)
     out.mkdir(parents=True, exist_ok=True)
     pictured = []
     for section in sections:
@@ -164,31 +167,13 @@ def command_of(given: argparse.Namespace) -> str:
     tables = [_from_root(path) for path in given.tables]
     data = [] if given.data is None else ["--data", "DATA"]
     hands = ["--workers", str(given.workers), "--at-once", str(given.at_once)]
-    return " ".join(["python", "scripts/experiment_paths.py", *tables, *data, *hands])
+    only = [word for name in given.only for word in ("--only", name)]
+    return " ".join(["python", "scripts/experiment_paths.py", *tables, *data, *hands, *only])
 
 
 def _from_root(path: Path) -> str:
     resolved = path.resolve()
     return str(resolved.relative_to(ROOT)) if resolved.is_relative_to(ROOT) else path.name
-
-
-class Patience:
-    """Whether it is time to stop: a signal came, or the seconds that were given are over."""
-
-    def __init__(self, budget_s: float | None) -> None:
-        self._deadline = None if budget_s is None else time.monotonic() + budget_s
-        self._signalled = False
-
-    def listen(self) -> None:
-        """Take SIGINT and SIGTERM as the wish to stop in order."""
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._signal)
-
-    def _signal(self, number: int, frame: FrameType | None) -> None:
-        self._signalled = True
-
-    def is_over(self) -> bool:
-        return self._signalled or (self._deadline is not None and time.monotonic() >= self._deadline)
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -208,12 +193,12 @@ def _main(given: argparse.Namespace) -> int:
         cells = listed(experiment.cells(), work)
         print(json.dumps(cells)) if given.json else print_list(cells)
         return DONE
-    check_nothing_is_lost(given.out / "results.json", [plan.table.name for plan in experiment.plans])
+    check_tables_are_given(given.out / "results.json", [plan.table.name for plan in experiment.plans])
     patience = Patience(given.budget_s)
     patience.listen()
     with work.held():
         hands = Hands(given.workers, given.at_once, data)
-        outcome = carry_out(experiment.cells, work, hands, describe, patience.is_over, _say)
+        outcome = carry_out(experiment.cells, work, hands, describe, patience, _say)
         circumstances = Circumstances(date.today().isoformat(), command_of(given), experiment.hardware())
         write_results(experiment, given.out, circumstances, _say)
     if given.json:

@@ -7,29 +7,29 @@ with what it may cost, and never run. The test split is asked for only where a r
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Generic, TypeVar
 
 from configs.load import experiment_digest
-from configs.schema import Config, Experiment
-from model.layout import num_parameters
-from model.topology import Topology
+from configs.schema import Config
+from scripts.experiment_cost import TEST, VALIDATION, core_seconds
 from scripts.experiment_measurement import Measurement, asked
-from scripts.experiment_table import BASE_BUDGET, Cost, Row, Table, configured, routes_of
+from scripts.experiment_table import BASE_BUDGET, Headline, Row, Table, configured, routes_of
 
 T = TypeVar("T")
-VALIDATION, TEST = "validation", "test"
 
 
 @dataclass(frozen=True, slots=True)
 class Choice(Generic[T]):
-    """What validation chose; until it is `made` the value stands in for it."""
+    """What validation chose; until it is `made` the value stands in for it. `no_number`: what never counted as one."""
 
     value: T
     made: bool
     at_edge: bool = False
+    no_number: tuple[T, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,11 +81,11 @@ class TablePlan:
             return Choice(own, True)
         tuning = self.table.row(tune.choices[row.tuned_as])
         losses = {rate: self._validation(tuning, tune.seed, BASE_BUDGET, rate) for rate in tune.learning_rates}
-        best = _lowest(losses)
+        best, infinite = _lowest(losses), tuple(rate for rate, loss in losses.items() if loss == math.inf)
         if best is None:
-            return Choice(own, False)
+            return Choice(own, False, no_number=infinite)
         edges = (min(losses), max(losses)) if len(losses) > 1 else ()
-        return Choice(best, True, at_edge=best in edges)
+        return Choice(best, True, at_edge=best in edges, no_number=infinite)
 
     def headline_row(self) -> Choice[str] | None:
         """The candidate with the lowest mean over the table's seeds, each by its first route."""
@@ -136,7 +136,7 @@ class TablePlan:
             learning_rate=rate.value,
             routes=routes,
             splits=splits,
-            core_s=core_seconds(self.table.cost, self.table.experiment, config.experiment, len(splits)),
+            core_s=core_seconds(self.table.cost, self.table.experiment, config.experiment, splits),
             provisional=not rate.made,
         )
 
@@ -149,14 +149,33 @@ class TablePlan:
         headline, chosen = self.table.headline, self.headline_row()
         if headline is None or chosen is None:
             return
-        more = [(BASE_BUDGET, seed) for seed in headline.seeds if seed not in self.table.seeds]
-        more += [(budget, seed) for budget in headline.budgets for seed in headline.budget_seeds]
         named = {name: Choice(name, True) for name in headline.references} | {chosen.value: chosen}
-        for budget, seed in more:
+        for budget, seed in self._beside(headline):
             for name, choice in named.items():
                 row = self.table.row(name)
                 cell = self.cell(row, seed, budget, self.learning_rate(row), shown)
                 yield row, replace(cell, provisional=cell.provisional or not choice.made)
+
+    def _beside(self, headline: Headline) -> list[tuple[str, int]]:
+        """(budget, seed) at which the table shows the headline and its references besides."""
+        more = [(BASE_BUDGET, seed) for seed in headline.seeds if seed not in self.table.seeds]
+        return more + [(budget, seed) for budget in headline.budgets for seed in headline.budget_seeds]
+
+    def wanted(self) -> set[tuple[str, int, str, str]]:
+        """(row, seed, budget, route) of every result that the table asks for, finished or not.
+
+        While the headline is not chosen, what is measured besides is asked of every candidate.
+        """
+        named = [(row.name, BASE_BUDGET, seed) for row in self.table.rows for seed in self.table.seeds]
+        headline, chosen = self.table.headline, self.headline_row()
+        if headline is not None and chosen is not None:
+            names = [*headline.references, *([chosen.value] if chosen.made else headline.candidates)]
+            named += [(name, budget, seed) for name in names for budget, seed in self._beside(headline)]
+        return {
+            (name, seed, budget, route)
+            for name, budget, seed in named
+            for route in routes_of(self.table, self.table.row(name), self._config(name, seed, budget, None)[0])
+        }
 
     def cells(self, only: frozenset[str] = frozenset()) -> list[Cell]:
         """All cells in the order in which they are run: the grid first. `only`: rows, and the grid they need."""
@@ -187,39 +206,6 @@ def merged(cells: Iterable[Cell]) -> list[Cell]:
                 core_s=max(known.core_s, cell.core_s),
             )
     return list(found.values())
-
-
-def core_seconds(cost: Cost, frozen: Experiment, experiment: Experiment, num_splits: int) -> float:
-    """An estimate of what a run takes of one core, from the measured step of the frozen experiment.
-
-    Training scales with parameters and tokens of a step; looking at a sequence (evaluation, scoring) costs a third of
-    training on it. Where the experiment sets no limit to the sequences looked at, they are not counted.
-    """
-    topology = Topology.from_config(experiment.topology)
-    step_s = cost.step_s * _work(experiment) / _work(frozen)
-    shards = topology.num_shards + len(experiment.baselines)
-    steps = (
-        experiment.pretrain.steps if experiment.pretrain else 0
-    ) + shards * experiment.phases * experiment.inner_steps
-    stopping, router = experiment.early_stopping, experiment.router
-    models = topology.num_paths * (1 if stopping is None else 2) + len(experiment.baselines)
-    looked_at = num_splits * models * (experiment.evaluation.max_sequences or 0)
-    for stage in experiment.reshards:
-        looked_at += (stage.candidates or topology.num_paths) * (stage.max_sequences or 0)
-    if router is not None:
-        steps += router.steps
-        looked_at += topology.num_paths * (router.max_sequences or 0)
-    if stopping is not None:
-        looked_at += experiment.phases // stopping.every * (stopping.max_sequences or 0)
-    assigned = len(experiment.reshards) + (experiment.sharding.kind not in ("all", "random"))
-    return cost.other_s + cost.assign_s * assigned + step_s * (steps + looked_at / experiment.inner.batch_rows / 3)
-
-
-def _work(experiment: Experiment) -> float:
-    """Proportional to the arithmetic of one inner step."""
-    vocabulary = 258 if experiment.tokenizer.kind == "bytes" else experiment.tokenizer.vocab_size
-    parameters = num_parameters(experiment.model, vocabulary, Topology.from_config(experiment.topology))
-    return float(parameters * experiment.inner.batch_rows * experiment.model.sequence_length)
 
 
 def _lowest(values: Mapping[T, float | None]) -> T | None:

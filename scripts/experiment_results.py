@@ -3,9 +3,10 @@
 A result row has `table`, `row`, `levels`, `seed`, `budget`, `route`, `test_perplexity`, `validation_perplexity`,
 `bits_per_byte` (test), `ratio_to_dense` (test perplexity over that of the table's reference row of the same seed and
 budget), `tokens` (trained on, the base's included), `learning_rate`, `parameters` (of all modules), `path_parameters`,
-`bytes_saved` (what exchanging every gradient would have moved, over what was moved), `smallest_shard` and
-`least_used_path` (of the training tokens, of the test tokens: its share times their number), `config_digest`,
-`weights_digest`, `wall_s`, and `headline`: chosen on validation. A number that is none is null.
+`bytes_saved` (what exchanging every gradient would have moved, over what was moved by the whole run, early stopping
+included), `smallest_shard` and `least_used_path` (of the training tokens, of the test tokens: its share times their
+number), `config_digest`, `weights_digest`, `wall_s`, `no_number` (why training diverged), and `headline`: chosen on
+validation. A number that is none is null.
 """
 
 from __future__ import annotations
@@ -18,17 +19,30 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from scripts.experiment_cost import TEST, VALIDATION
 from scripts.experiment_measurement import Measurement
-from scripts.experiment_plan import TEST, VALIDATION, Cell, TablePlan
+from scripts.experiment_plan import Cell, TablePlan
 from scripts.experiment_table import DIPACO, MIXTURES, Row, routes_of
 
 ResultRow = dict[str, Any]
 Measured = Callable[[str], Measurement | None]
 _MOVED = ("modules", "outer_gradients", "inner_state", "checkpoints")
+_OF_A_RUN = (
+    "tokens",
+    "parameters",
+    "path_parameters",
+    "bytes_saved",
+    "smallest_shard",
+    "least_used_path",
+    "wall_s",
+    "config_digest",
+    "weights_digest",
+)
+_SHOWN = 8
 
 
 class WouldBeLost(ValueError):
-    """Results of a table that was not given stand where they would be overwritten."""
+    """Results stand where they would be overwritten by fewer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,8 +119,6 @@ def _result(
     known = measured(cell.digest)
     assert known is not None
     test = _perplexity(plan, row, cell, measured, TEST, route)
-    moved = sum(known.run["wire_bytes"].get(kind, 0) for kind in _MOVED)
-    shards, load = known.run["shards"], known.path_load(row.model, route)
     return {
         "table": plan.table.name,
         "row": row.name,
@@ -118,18 +130,29 @@ def _result(
         "validation_perplexity": _perplexity(plan, row, cell, measured, VALIDATION, route),
         "bits_per_byte": known.bits_per_byte(TEST, row.model, route),
         "ratio_to_dense": test / dense if test and dense else None,
-        "tokens": known.run["tokens"].get(DIPACO if row.model in MIXTURES else row.model),
         "learning_rate": cell.learning_rate,
-        "parameters": known.run["parameters"],
-        "path_parameters": known.run["path_parameters"],
-        "bytes_saved": known.run["every_step_bytes"] / moved if moved else None,
-        "smallest_shard": min(shards) * len(shards),
-        "least_used_path": min(load) * len(load) if load else None,
-        "wall_s": known.run["wall_s"],
-        "config_digest": known.run["config_digest"],
-        "weights_digest": known.run["digest"],
+        **(dict.fromkeys(_OF_A_RUN) if known.no_number else _of_a_run(known, row, route)),
+        "no_number": known.no_number or None,
         "headline": headline,
     }
+
+
+def _of_a_run(known: Measurement, row: Row, route: str) -> ResultRow:
+    """What a result row says of a finished run beside its perplexities."""
+    moved = sum(known.run["wire_bytes"].get(kind, 0) for kind in _MOVED)
+    shards, load = known.run["shards"], known.path_load(row.model, route)
+    values = (
+        known.run["tokens"].get(DIPACO if row.model in MIXTURES else row.model),
+        known.run["parameters"],
+        known.run["path_parameters"],
+        known.run["every_step_bytes"] / moved if moved else None,
+        min(shards) * len(shards),
+        min(load) * len(load) if load else None,
+        known.run["wall_s"],
+        known.run["config_digest"],
+        known.run["digest"],
+    )
+    return dict(zip(_OF_A_RUN, values, strict=True))
 
 
 def spread_of(rows: Iterable[ResultRow], key: str) -> Spread | None:
@@ -151,14 +174,41 @@ def paired_ratio(rows: Sequence[ResultRow], others: Sequence[ResultRow]) -> Spre
     return Spread.of(ratios) if ratios else None
 
 
-def check_nothing_is_lost(results: Path, tables: Iterable[str]) -> None:
+def check_tables_are_given(results: Path, tables: Iterable[str]) -> None:
     """Raises WouldBeLost where results.json holds rows of a table that is not among those to be written."""
-    try:
-        rows = json.loads(results.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
-        return
-    others = sorted({str(row.get("table")) for row in rows} - set(tables))
+    others = sorted({str(row.get("table")) for row in _published(results)} - set(tables))
     if others:
         raise WouldBeLost(
             f"{results} also holds results of table {', '.join(others)}; name that table, too, or take another --out"
         )
+
+
+def check_nothing_is_lost(results: Path, plans: Sequence[TablePlan], rows: Iterable[ResultRow]) -> None:
+    """Raises WouldBeLost where results.json holds what `rows` lack: of another table, or what its table still asks for.
+
+    What a table asks for no more (a row, seed, budget or route that it had) may go.
+    """
+    check_tables_are_given(results, [plan.table.name for plan in plans])
+    wanted = {(plan.table.name, *key) for plan in plans for key in plan.wanted()}
+    wanted -= set(map(_key, rows))
+    lost = [key for key in map(_key, _published(results)) if key in wanted]
+    if lost:
+        names = list(dict.fromkeys(f"{table}/{row} seed {seed} {budget}" for table, row, seed, budget, _ in lost))
+        shown = ", ".join(names[:_SHOWN]) + (" ..." if len(names) > _SHOWN else "")
+        raise WouldBeLost(
+            f"{results} holds {len(lost)} results that are asked for and not finished in this --work: {shown}; give "
+            "the --work in which they are, or the same command until they are finished here, or take another --out"
+        )
+
+
+def _key(row: ResultRow) -> tuple[Any, ...]:
+    return tuple(row.get(key) for key in ("table", "row", "seed", "budget", "route"))
+
+
+def _published(results: Path) -> list[ResultRow]:
+    """The rows of results.json; none where there is no such file, or it is no list of rows."""
+    try:
+        rows = json.loads(results.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return []
+    return [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []

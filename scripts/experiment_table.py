@@ -90,11 +90,13 @@ class Headline(Section):
 
 class Cost(Section):
     """For estimates only, in core-seconds: one step of the frozen experiment, giving every training sequence its shard
-    by features (once, and once a re-shard), and the rest of a run: corpus, tokens, processes."""
+    by features (once, and once a re-shard), and the rest of a run: corpus, tokens, processes. `characters`: of the
+    whole corpus, from which the number of token files of a split follows; without it they count as one."""
 
     step_s: Positive
     assign_s: Annotated[float, Field(ge=0)] = 0.0
     other_s: Annotated[float, Field(ge=0)] = 0.0
+    characters: Annotated[int, Field(ge=0)] = 0
 
 
 class Table(Section):

@@ -1,9 +1,9 @@
 """The folder in which the cells of the experiment are kept: one folder a digest, finished steps are not done again.
 
 WORK/<digest>/ holds `config.yaml`, `identity.json`, the run directory `run`, what was written by its commands, and once
-they are finished `run.json`, `validation.json` and `test.json`; those are written whole or not at all. Where the schema
-has got a key since, a cell is still known by its configuration: as for a run that is resumed, a missing key has its
-default.
+they are finished `run.json`, `validation.json` and `test.json`, or `no-number.json` where training diverged; those are
+written whole or not at all, and one that is damaged counts as not there. Where the schema has got a key since, a cell
+is still known by its configuration: as for a run that is resumed, a missing key has its default.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from scripts.experiment_table import Table
 
 _DIGITS = 16
 _RUN = "run"
+_NO_NUMBER = "no-number"
 Json = dict[str, Any]
 
 
@@ -43,9 +44,13 @@ class Work:
         self._known: dict[str, Measurement] = {}
 
     def measurement(self, digest: str) -> Measurement | None:
-        """What is known of a finished run; None while it is not finished."""
+        """What is known of a run that is finished or came to no number; None while it is neither."""
         if digest not in self._known:
             run = _read(self._file(digest, _RUN))
+            none = _read(self._file(digest, _NO_NUMBER)) if run is None else None
+            if none is not None:
+                self._known[digest] = Measurement({"hardware": none["hardware"]}, {}, none["no_number"])
+                return self._known[digest]
             if run is None:
                 return None
             found = {split: _read(self._file(digest, split)) for split in ("validation", "test")}
@@ -106,6 +111,11 @@ class Work:
         self._write(cell.digest, _RUN, described)
         shutil.rmtree(self.run_dir(cell) / "workers", ignore_errors=True)
 
+    def came_to_no_number(self, cell: Cell, sentence: str, hardware: Json) -> None:
+        """Keep that the training of a cell diverged on this machine: it is not tried again."""
+        self._write(cell.digest, _NO_NUMBER, {"no_number": sentence, "hardware": hardware})
+        shutil.rmtree(self.run_dir(cell) / "workers", ignore_errors=True)
+
     def finished_split(self, cell: Cell, split: str, found: Json) -> None:
         """Keep an evaluation, with the routes that were asked for."""
         self._write(cell.digest, split, {**found, "asked": list(cell.routes)})
@@ -120,10 +130,10 @@ class Work:
 
 def _read(path: Path) -> Json | None:
     try:
-        document: Json = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
         return None
-    return document
+    return document if isinstance(document, dict) else None
 
 
 def data_digest(table: Table, data: Path | None) -> str:

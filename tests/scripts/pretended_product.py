@@ -1,13 +1,16 @@
 """Stands in for the `dipaco` command: writes what a cell's steps would, and behaves as files in the data folder ask.
 
 `calls.jsonl` collects the words of every call. `fail` with a word in it: a call with that word ends with 1. `hold`: a
-run waits until it is gone or SIGINT comes, then ends with 3, as a stopped run does.
+run waits until it is gone or SIGINT comes, then ends with 3, as a stopped run does; with "SIGTERM" in it only that ends
+it, with "nothing" no signal does. `pause/CELL.db`: the run in the folder of that name leaves this state, and ends as
+one that pauses does. `garble`: an evaluation writes no JSON.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
+import shutil
 import signal
 import sys
 import time
@@ -26,11 +29,19 @@ def main(words: list[str]) -> int:
 
 def _run(words: list[str]) -> int:
     stopped: list[int] = []
-    signal.signal(signal.SIGINT, lambda number, frame: stopped.append(number))
+    asked = Path("hold").read_text(encoding="utf-8") if Path("hold").exists() else ""
+    deaf_to = {"": (), "SIGTERM": (signal.SIGINT,), "nothing": (signal.SIGINT, signal.SIGTERM)}[asked]
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN if number in deaf_to else lambda number, frame: stopped.append(number))
     run_dir = Path(words[words.index("--run-dir") + 1])
     (run_dir / "workers").mkdir(parents=True, exist_ok=True)
     with open(run_dir / "started", "a", encoding="utf-8") as started:
         started.write("x")
+    left = Path("pause") / f"{run_dir.parent.name}.db"
+    if left.is_file():
+        shutil.copy(left, run_dir / "state.db")
+        print("dipaco: the coordinator ended with code 1", file=sys.stderr)
+        return 1
     while Path("hold").exists():
         if stopped:
             return 3
@@ -40,6 +51,9 @@ def _run(words: list[str]) -> int:
 
 def _evaluate(words: list[str]) -> int:
     """Perplexities that follow from the configuration and the split alone."""
+    if Path("garble").exists():
+        print("{'perplexity': ")
+        return 0
     run_dir = Path(words[1])
     config = (run_dir.parent / "config.yaml").read_text(encoding="utf-8")
     split = words[words.index("--split") + 1]

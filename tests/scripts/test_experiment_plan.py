@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from scripts.experiment_cost import core_seconds
 from scripts.experiment_measurement import Measurement
-from scripts.experiment_plan import Cell, TablePlan, core_seconds, merged
-from scripts.experiment_table import Table, load_table
+from scripts.experiment_plan import Cell, TablePlan, merged
+from scripts.experiment_table import Table, configured, load_table
 from tests.scripts.tables import DENSE, Document, measured
 
 SLOW, FAST = 1.0e-3, 3.0e-3
@@ -197,4 +199,30 @@ def test_the_estimate_counts_every_shard_and_scales_with_the_model(table: Table)
             "evaluation": table.experiment.evaluation.model_copy(update={"max_sequences": None}),
         }
     )
-    assert core_seconds(table.cost, table.experiment, wide, 2) == pytest.approx(5 + 2 + 0.2 * 50)
+    assert core_seconds(table.cost, table.experiment, wide, ("validation", "test")) == pytest.approx(5 + 2 + 0.2 * 50)
+
+
+def test_a_limit_counts_for_each_token_file_of_its_split(document: Document, write_table: Callable[..., Path]) -> None:
+    """By hand: a tenth of 18 million characters is 3 files of 800,000; the other splits have one."""
+    experiment = document["experiment"]
+    experiment["corpus"]["splits"] = {"router": 0.1, "stop": 0.04, "validation": 0.04, "test": 0.04}
+    experiment["corpus"]["range_characters"] = 800_000
+    stages = [*experiment["stages"], {"kind": "reshard", "max_sequences": 30}, experiment["stages"][-1]]
+    document["rows"].append(
+        {"name": "gater", "label": "gater", "compute": "4x", "tuned_as": "dipaco", "overrides": {"stages": stages}}
+    )
+    document["rows"].append(
+        {**document["rows"][-1], "name": "few", "overrides": {"stages": deepcopy(stages), "sharding.kind": "kmeans"}}
+    )
+    document["rows"][-1]["overrides"]["stages"][-2]["candidates"] = 2
+    costs = {}
+    for characters in (0, 18_000_000):
+        document["cost"]["characters"] = characters
+        table = load_table(write_table(document))
+        for name in ("kmeans", "gater", "few"):
+            run = configured(table, table.row(name), 0, "base", None).experiment
+            costs[name, characters] = core_seconds(table.cost, table.experiment, run, ("validation",))
+    looked_at = 0.1 / 4 / 3 * 30
+    assert costs["kmeans", 18_000_000] == pytest.approx(costs["kmeans", 0])
+    assert costs["gater", 18_000_000] - costs["gater", 0] == pytest.approx((3 - 1) * 4 * looked_at)
+    assert costs["few", 18_000_000] - costs["few", 0] == pytest.approx((3 - 1) * 2 * looked_at)

@@ -19,13 +19,14 @@ from scripts.experiment_results import (
     Spread,
     WouldBeLost,
     check_nothing_is_lost,
+    check_tables_are_given,
     missing,
     only,
     paired_ratio,
     result_rows,
     spread_of,
 )
-from scripts.experiment_table import Table
+from scripts.experiment_table import Table, load_table
 from scripts.experiment_work import Work
 from tests.scripts.tables import Document, measured
 
@@ -253,7 +254,92 @@ def test_what_was_not_asked_for_is_not_lost(
     assert "also holds results of table tiny; name that table, too" in capfd.readouterr().err
     assert (tmp_path / "out" / "results.json").read_bytes() == before
     with pytest.raises(WouldBeLost):
-        check_nothing_is_lost(tmp_path / "out" / "results.json", ["other"])
+        check_tables_are_given(tmp_path / "out" / "results.json", ["other"])
+
+
+def test_fewer_results_do_not_replace_a_page(
+    table_file: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    finish(table_file, tmp_path, "dense")
+    call(table_file, tmp_path, "--budget-s", "0")
+    before = {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    (tmp_path / "work").rename(tmp_path / "elsewhere")
+    finish(table_file, tmp_path, "kmeans")
+    assert call(table_file, tmp_path, "--budget-s", "0") == 1
+    said = capfd.readouterr().err
+    assert "4 results that are asked for and not finished in this --work: tiny/dense seed 0 base, " in said
+    assert "give the --work in which they are" in said
+    assert {path: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+    finish(table_file, tmp_path, "dense")
+    assert call(table_file, tmp_path, "--budget-s", "0") == 3
+    assert len(json.loads((tmp_path / "out" / "results.json").read_text(encoding="utf-8"))) > 4
+
+
+@pytest.mark.parametrize(
+    ("gone", "may_go"),
+    [
+        ({"row": "dense"}, False),
+        ({"seed": 1}, False),
+        ({"budget": "double"}, False),
+        ({"route": "every:16"}, False),
+        ({"row": "an-earlier-row"}, True),
+        ({"row": "dense", "seed": 9}, True),
+        ({"row": "product", "seed": 2}, True),
+        ({"route": "every:128"}, True),
+    ],
+)
+def test_what_the_table_asks_for_no_more_may_go(
+    gone: dict[str, Any], may_go: bool, filled: Filled, tmp_path: Path
+) -> None:
+    filled.fill("dense", 50.0, budget="double")
+    filled.fill("kmeans", 50.0, budget="double")
+    rows = filled.rows()
+    earlier = {**rows[0], **gone}
+    results = tmp_path / "results.json"
+    results.write_text(json.dumps([*rows, earlier]), encoding="utf-8")
+    left = [row for row in rows if not only([row], **gone)]
+    if may_go:
+        check_nothing_is_lost(results, [filled.plan], rows)
+    else:
+        with pytest.raises(WouldBeLost, match="results that are asked for and not finished"):
+            check_nothing_is_lost(results, [filled.plan], left)
+
+
+def test_while_the_headline_is_open_every_candidate_may_be_it(filled: Filled, table: Table, tmp_path: Path) -> None:
+    """A page of another choice: with nothing measured its seeds and budgets count, too."""
+    earlier = {**only(filled.rows(), row="kmeans", seed=2)[0], "row": "product"}
+    results = tmp_path / "results.json"
+    results.write_text(json.dumps([earlier]), encoding="utf-8")
+    check_nothing_is_lost(results, [filled.plan], filled.rows())
+    with pytest.raises(WouldBeLost, match="tiny/product seed 2 base"):
+        check_nothing_is_lost(results, [Filled(table).plan], [])
+
+
+@pytest.mark.parametrize("text", ["", "{", "3", "[3]"])
+def test_a_file_without_rows_has_nothing_to_lose(text: str, filled: Filled, tmp_path: Path) -> None:
+    (tmp_path / "results.json").write_text(text, encoding="utf-8")
+    check_nothing_is_lost(tmp_path / "results.json", [filled.plan], [])
+
+
+def test_the_command_of_a_part_says_which(table_file: Path, tmp_path: Path) -> None:
+    finish(table_file, tmp_path, "dense")
+    call(table_file, tmp_path, "--budget-s", "0", "--only", "dense", "--only", "kmeans")
+    text = (tmp_path / "out" / "results.md").read_text(encoding="utf-8")
+    assert "--workers 2 --at-once 1 --only dense --only kmeans\n" in text
+
+
+def test_the_page_says_whose_bytes_hold_early_stopping(document: Document, write_table: Callable[..., Path]) -> None:
+    stopped: Document = {"early_stopping": {}}
+    document["rows"] += [
+        {**document["rows"][1], "name": "gater", "overrides": stopped},
+        {**document["rows"][1], "name": "gater-best", "overrides": stopped, "model": "dipaco-best"},
+    ]
+    both = Filled(load_table(write_table(document)))
+    for row in ("dense", "kmeans"):
+        both.fill(row, 40.0)
+    assert "what early stopping" not in written(both)
+    both.fill("gater", 40.0)
+    assert "Bytes saved of `gater` and `gater-best`: these runs keep the best version of every path" in written(both)
 
 
 def test_a_row_that_is_none_is_told(table_file: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import sys
+import os
+import signal
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,53 +13,14 @@ from typing import Any
 import pytest
 
 from configs.load import InvalidConfig, load_config
+from coordinator.journal import RunUnusable
+from scripts.experiment_measurement import describe
+from scripts.experiment_patience import Patience
 from scripts.experiment_plan import Cell, TablePlan
-from scripts.experiment_runner import Hands, Outcome, carry_out
 from scripts.experiment_table import Table, load_table
 from scripts.experiment_work import Work, WorkInUse, data_digest
-from tests.scripts.tables import Document, measured, unmeasured
-
-PRODUCT = Path(__file__).with_name("pretended_product.py")
-
-
-class Bench:
-    """A work folder, a data folder, and a product that only pretends."""
-
-    def __init__(self, folder: Path) -> None:
-        self.data = folder / "data"
-        self.data.mkdir()
-        self.work = Work(folder / "work")
-        self.said: list[str] = []
-
-    def calls(self) -> list[list[str]]:
-        path = self.data / "calls.jsonl"
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
-
-    def carry_out(
-        self, cells: Callable[[], list[Cell]], must_stop: Callable[[], bool] = lambda: False, at_once: int = 1
-    ) -> Outcome:
-        hands = Hands(workers=3, at_once=at_once, data=self.data, program=(sys.executable, "-S", str(PRODUCT)))
-        with self.work.held():
-            return carry_out(cells, self.work, hands, lambda run: dict(measured({}).run), must_stop, self.said.append)
-
-
-@pytest.fixture
-def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
-    monkeypatch.setattr("scripts.experiment_runner.POLL_S", 0.01)
-    return Bench(tmp_path)
-
-
-@pytest.fixture
-def two(table: Table) -> list[Cell]:
-    """The grid of the dense row."""
-    return TablePlan(table, "", unmeasured).cells()[:2]
-
-
-def until(condition: Callable[[], bool], patience_s: float = 30.0) -> None:
-    deadline = time.monotonic() + patience_s
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come to that"
-        time.sleep(0.01)
+from tests.scripts.bench import Bench, until
+from tests.scripts.tables import Document, unmeasured
 
 
 def test_a_cell_is_a_run_and_its_evaluations(bench: Bench, two: list[Cell]) -> None:
@@ -135,6 +96,49 @@ def test_a_failed_evaluation_does_not_cost_the_run(bench: Bench, two: list[Cell]
     assert [call[0] for call in bench.calls()] == ["run", "evaluate", "evaluate"]
 
 
+def not_json(run_dir: Path) -> dict[str, Any]:
+    raise json.JSONDecodeError("Expecting value", f"{run_dir}", 0)
+
+
+def no_run(run_dir: Path) -> dict[str, Any]:
+    raise RunUnusable("that run is damaged")
+
+
+@pytest.mark.parametrize(
+    ("reader", "sentence"),
+    [(describe, "holds no state.db"), (not_json, "Expecting value"), (no_run, "that run is damaged")],
+)
+def test_a_run_that_cannot_be_read_is_a_failed_cell(
+    reader: Callable[[Path], dict[str, Any]], sentence: str, bench: Bench, two: list[Cell]
+) -> None:
+    kept, bench.describe = bench.describe, reader
+    outcome = bench.carry_out(lambda: two)
+    assert outcome.failed.keys() == {cell.digest for cell in two}, "one did not keep the other from its turn"
+    assert all(
+        said.startswith("what the run left cannot be read: ") and sentence in said for said in outcome.failed.values()
+    )
+    bench.describe = kept
+    assert bench.carry_out(lambda: two).finished == 2
+
+
+def test_an_evaluation_that_writes_no_json_is_a_failed_cell(bench: Bench, two: list[Cell]) -> None:
+    (bench.data / "garble").touch()
+    outcome = bench.carry_out(lambda: two)
+    assert len(outcome.failed) == 2
+    assert outcome.failed[two[0].digest].startswith("what validation wrote cannot be read: Expecting property name")
+    (bench.data / "garble").unlink()
+    assert bench.carry_out(lambda: two).finished == 2
+
+
+@pytest.mark.parametrize("name", ["run", "validation"])
+def test_what_is_damaged_in_the_work_folder_is_made_again(name: str, bench: Bench, two: list[Cell]) -> None:
+    bench.carry_out(lambda: two)
+    (bench.work.folder(two[0].digest) / f"{name}.json").write_text("{", encoding="utf-8")
+    bench.work = Work(bench.work.root)
+    assert bench.work.left(two[0])[0] == name
+    assert bench.carry_out(lambda: two).finished == 1
+
+
 def test_a_stop_ends_the_run_in_order_and_the_next_call_continues_it(bench: Bench, two: list[Cell]) -> None:
     (bench.data / "hold").touch()
     started = bench.work.run_dir(two[0]) / "started"
@@ -145,6 +149,34 @@ def test_a_stop_ends_the_run_in_order_and_the_next_call_continues_it(bench: Benc
     (bench.data / "hold").unlink()
     assert bench.carry_out(lambda: two).finished == 2
     assert started.read_text(encoding="utf-8") == "xx", "the same run directory"
+
+
+@pytest.mark.parametrize(("deaf", "kill_s"), [("SIGTERM", 1e6), ("nothing", 0.1)])
+def test_a_run_that_hangs_is_ended_at_the_second_wish(
+    deaf: str, kill_s: float, bench: Bench, two: list[Cell], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It waits for a signal that it does not get: SIGTERM ends the one, and only SIGKILL the other."""
+    monkeypatch.setattr("scripts.experiment_runner.KILL_S", kill_s)
+    (bench.data / "hold").write_text(deaf, encoding="utf-8")
+    started = bench.work.run_dir(two[0]) / "started"
+    assert bench.carry_out(lambda: two, must_stop=started.exists, must_end=lambda: True).stopped
+    assert "stopping 1 cells in order; a second Ctrl-C ends them" in bench.said
+
+
+def test_a_first_signal_stops_and_a_second_one_ends() -> None:
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    patience = Patience()
+    try:
+        patience.listen()
+        seen = [(patience.is_over(), patience.is_gone())]
+        for number in (signal.SIGINT, signal.SIGTERM):
+            os.kill(os.getpid(), number)
+            seen.append((patience.is_over(), patience.is_gone()))
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert seen == [(False, False), (True, False), (True, True)]
+    assert (Patience(0.0).is_over(), Patience(0.0).is_gone()) == (True, False)
 
 
 def test_cells_at_once(bench: Bench, two: list[Cell]) -> None:
