@@ -91,7 +91,7 @@ def _end(running: list[CellRun], patience: Patience, say: Callable[[str], None])
 
 
 def _open(cells: list[Cell], work: Work, outcome: Outcome, running: list[CellRun]) -> list[Cell]:
-    taken = {run.cell.digest for run in running} | outcome.failed.keys()
+    taken = {run.cell.digest for run in running} | outcome.failed.keys() | outcome.no_number.keys()
     return [cell for cell in cells if not cell.provisional and cell.digest not in taken and work.left(cell)]
 
 
