@@ -6,6 +6,7 @@ import json
 import os
 import random
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,8 @@ import pytest
 from beartype import beartype
 from beartype.roar import BeartypeDecorHintException
 from jaxtyping import install_import_hook
+
+from tests.command_line import dipaco
 
 
 def _checked(function: Any) -> Any:
@@ -68,6 +71,16 @@ def prepare_tiny() -> Callable[[Path], Path]:
         return Path(shutil.copy(REPOSITORY / "configs" / "tests" / "tiny.yaml", folder / "tiny.yaml"))
 
     return prepare
+
+
+@pytest.fixture(scope="session")
+def tiny_run(
+    tmp_path_factory: pytest.TempPathFactory, prepare_tiny: Callable[[Path], Path]
+) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """The folder where two workers carried out tiny.yaml (in runs/tiny), and what the command printed. Only to read."""
+    folder = tmp_path_factory.mktemp("tiny-run")
+    prepare_tiny(folder)
+    return folder, dipaco("run", "tiny.yaml", "--workers", "2", cwd=folder)
 
 
 @pytest.fixture

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import io
 import json
 import math
-import os
 import re
 import shutil
 import signal
@@ -27,31 +27,15 @@ from dipaco.ending import Refused
 from dipaco.evaluation import evaluate_run
 from dipaco.examples import Wish, continuations
 from inference.sampling import Sampling
+from tests.command_line import ENVIRONMENT, dipaco
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 Ran = tuple[Path, subprocess.CompletedProcess[str]]
 Prepare = Callable[[Path], Path]
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY), "COLUMNS": "120"}
-
-
-def dipaco(*arguments: str, cwd: Path, timeout: float = 240) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-W", "error::RuntimeWarning", "-m", "dipaco", *arguments]
-    return subprocess.run(
-        command, cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True, timeout=timeout, check=False
-    )
 
 
 @pytest.fixture(scope="module")
-def ran(tmp_path_factory: pytest.TempPathFactory, prepare_tiny: Prepare) -> Ran:
-    """The folder of a finished run, and what the command printed."""
-    folder = tmp_path_factory.mktemp("ran")
-    prepare_tiny(folder)
-    return folder, dipaco("run", "tiny.yaml", "--workers", "2", cwd=folder)
-
-
-@pytest.fixture(scope="module")
-def folder(ran: Ran) -> Path:
-    folder, done = ran
+def folder(tiny_run: Ran) -> Path:
+    folder, done = tiny_run
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -63,14 +47,19 @@ def report(folder: Path) -> dict[str, Any]:
 
 
 def answer(*arguments: str, cwd: Path) -> Any:
-    """What a command prints with --json."""
-    done = dipaco(*arguments, "--json", cwd=cwd)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    """What a command prints with --json, in this process: to load torch takes longer than most commands do."""
+    printed = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+        patch.chdir(cwd)
+        patch.setattr(sys, "argv", ["dipaco", *arguments, "--json"])
+        with pytest.raises(SystemExit) as ended:
+            main()
+    assert ended.value.code == 0
+    return json.loads(printed.getvalue())
 
 
-def test_a_run_prints_progress_a_table_and_routed_text(ran: Ran) -> None:
-    _, done = ran
+def test_a_run_prints_progress_a_table_and_routed_text(tiny_run: Ran) -> None:
+    _, done = tiny_run
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     for part in ("MB moved", "dipaco sequence", "dense-nesterov", "peak memory of all processes", "report.html"):
@@ -135,8 +124,9 @@ def test_evaluate_measures_the_split_that_is_asked_for(folder: Path, report: dic
 
 
 def test_run_again_on_a_finished_run_only_reports(folder: Path, report: dict[str, Any]) -> None:
-    again = answer("run", "tiny.yaml", "--workers", "2", cwd=folder)
-    assert again == report
+    again = dipaco("run", "tiny.yaml", "--workers", "2", "--json", cwd=folder)
+    assert again.returncode == 0, again.stderr
+    assert json.loads(again.stdout) == report
 
 
 def test_digests_differ_by_what_they_cover(folder: Path, report: dict[str, Any]) -> None:
