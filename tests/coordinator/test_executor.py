@@ -313,8 +313,8 @@ def test_distance_is_the_norm_of_the_difference(store: BlobStore) -> None:
 def test_memory_is_a_few_chunks_whatever_the_module_and_the_contributions(
     store: BlobStore, tmp_path: Path, num_contributions: int, average: Any
 ) -> None:
-    """8 MiB of parameters in chunks of 64 KiB: the peak stays below a megabyte."""
-    spec = ModuleSpec("0.0", (TensorSpec("w", (2048, 1024)),))
+    """4 MiB of parameters in chunks of 64 KiB: the peak stays below a megabyte."""
+    spec = ModuleSpec("0.0", (TensorSpec("w", (1024, 1024)),))
     params = _put(store, np.zeros(spec.num_elements), spec)
     paths = [_put(store, np.full(spec.num_elements, shard), spec) for shard in range(num_contributions)]
     executor = Executor(store, tmp_path / "sums", chunk_elements=16 * 1024)
