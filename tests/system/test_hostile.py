@@ -49,6 +49,9 @@ PLAIN = st.recursive(
 )
 PACKED = st.binary(max_size=60) | PLAIN.map(msgpack.packb)
 DIGEST = st.text("0123456789abcdef", min_size=64, max_size=64)
+# The coordinator runs in a thread of this process. While testing, its calls are checked by beartype, which draws from
+# the global `random`; hypothesis would blame its own strategies for that.
+pytestmark = pytest.mark.filterwarnings("ignore:Do not use the .random. module inside strategies")
 # Stands for the stranger's own ids, which hypothesis must not know: they differ from run to run.
 OWN = "own"
 
