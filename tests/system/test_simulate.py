@@ -14,18 +14,30 @@ import pytest
 
 from coordinator.journal import Journal
 
+# The run below lasts eight seconds and more on any machine; what is planned for later does not happen on a fast one.
 PLAN: list[dict[str, Any]] = [
     {"at_s": 0.0, "process": "worker-0", "action": "start"},
     {"at_s": 0.0, "process": "worker-1", "action": "start"},
-    {"at_s": 5.0, "process": "worker-0", "action": "kill"},
-    {"at_s": 5.5, "process": "worker-0", "action": "start"},
-    {"at_s": 6.0, "process": "coordinator", "action": "kill"},
-    {"at_s": 6.5, "process": "coordinator", "action": "start"},
-    {"at_s": 9.0, "process": "worker-1", "action": "stop"},
-    {"at_s": 14.0, "process": "worker-1", "action": "continue"},
-    {"at_s": 12.0, "process": "worker-0", "action": "terminate"},
-    {"at_s": 13.0, "process": "worker-0", "action": "start"},
+    {"at_s": 3.0, "process": "worker-0", "action": "kill"},
+    {"at_s": 3.2, "process": "worker-0", "action": "start"},
+    {"at_s": 4.0, "process": "coordinator", "action": "kill"},
+    {"at_s": 4.5, "process": "coordinator", "action": "start"},
+    {"at_s": 7.0, "process": "worker-1", "action": "stop"},
+    {"at_s": 11.0, "process": "worker-0", "action": "terminate"},
+    {"at_s": 12.0, "process": "worker-0", "action": "start"},
+    {"at_s": 13.0, "process": "worker-1", "action": "continue"},
 ]
+
+
+@pytest.fixture
+def longer_run(tmp_path: Path, prepare_tiny: Callable[[Path], Path]) -> Path:
+    """A folder with tiny.yaml trained for longer, so that faults find it at work."""
+    config = prepare_tiny(tmp_path)
+    text = config.read_text(encoding="utf-8")
+    longer = text.replace("phases: 2, inner_steps: 5", "phases: 12, inner_steps: 20")
+    assert longer != text
+    config.write_text(longer, encoding="utf-8")
+    return tmp_path
 
 
 def simulated(folder: Path, plan: list[dict[str, Any]]) -> dict[str, Any]:
@@ -45,23 +57,20 @@ def simulated(folder: Path, plan: list[dict[str, Any]]) -> dict[str, Any]:
     return outcome
 
 
-def test_a_simulation_ends_with_the_bits_of_the_undisturbed_run(
-    tmp_path: Path, prepare_tiny: Callable[[Path], Path]
-) -> None:
-    prepare_tiny(tmp_path)
-    outcome = simulated(tmp_path, PLAN)
-    assert outcome == json.loads((tmp_path / "run" / "simulation.json").read_text())
+def test_a_simulation_ends_with_the_bits_of_the_undisturbed_run(longer_run: Path) -> None:
+    outcome = simulated(longer_run, PLAN)
+    assert outcome == json.loads((longer_run / "run" / "simulation.json").read_text())
     assert outcome["digest"] == outcome["reference_digest"]
     assert outcome["digest_equal"] is True
     assert (outcome["worker_kills"], outcome["coordinator_kills"], outcome["unplanned_ends"]) == (1, 1, 0)
-    journal = Journal(tmp_path / "run", read_only=True)
+    journal = Journal(longer_run / "run", read_only=True)
     trained = sum(metric["steps"] for metric in journal.metrics() if metric["kind"] == "TRAIN")
     journal.close()
     assert outcome["steps_in_weights"] == trained > 0
     assert outcome["steps_executed"] >= trained
-    replayed = (tmp_path / "run" / "plan.jsonl").read_text().splitlines()
+    replayed = (longer_run / "run" / "plan.jsonl").read_text().splitlines()
     assert len(replayed) == len(PLAN)
-    assert (tmp_path / "run" / "simulation.html").is_file()
+    assert (longer_run / "run" / "simulation.html").is_file()
 
 
 BAD_NETWORK: list[dict[str, Any]] = [
@@ -78,9 +87,8 @@ BAD_NETWORK: list[dict[str, Any]] = [
 
 
 @pytest.mark.slow
-def test_a_bad_network_changes_no_bit_and_is_replayed(tmp_path: Path, prepare_tiny: Callable[[Path], Path]) -> None:
-    prepare_tiny(tmp_path)
-    outcome = simulated(tmp_path, BAD_NETWORK)
+def test_a_bad_network_changes_no_bit_and_is_replayed(longer_run: Path) -> None:
+    outcome = simulated(longer_run, BAD_NETWORK)
     assert outcome["digest_equal"] is True
     network = outcome["network"]
     assert network["spec"] == "latency=0.01,jitter=0.005,rate=20000000,loss=0.01"
@@ -88,8 +96,8 @@ def test_a_bad_network_changes_no_bit_and_is_replayed(tmp_path: Path, prepare_ti
     assert network["partitions"] == 1
     assert network["cut_connections"] >= 1
     assert network["stalled_bytes"] > 0
-    assert "latency=0.01" in (tmp_path / "run" / "simulation.html").read_text()
-    written = [json.loads(line) for line in (tmp_path / "run" / "plan.jsonl").read_text().splitlines()]
+    assert "latency=0.01" in (longer_run / "run" / "simulation.html").read_text()
+    written = [json.loads(line) for line in (longer_run / "run" / "plan.jsonl").read_text().splitlines()]
     assert [line.get("action") for line in written] == [line.get("action") for line in BAD_NETWORK]
     assert written[0] == {"network": network["spec"], "seed": 2}
 
