@@ -16,13 +16,13 @@ from configs.early_stopping import EarlyStoppingConfig
 from configs.execution import Execution
 from configs.routes import parse_route, route_name
 from configs.section import Fraction, PositiveInt, Section
-from configs.stages import EvaluateStage, PretrainStage, ReshardStage, RouterStage, Stage, TrainStage
+from configs.stages import EvaluateStage, GaterStage, PretrainStage, ReshardStage, RouterStage, Stage, TrainStage
 
 # Names of models, and of the mixture in reports, that no baseline may have.
 RESERVED = frozenset({"base", "mixture", "router", "dipaco", "dipaco-best"})
 # Names of stages: a baseline is a stage of its own name.
-_STAGE_NAME = re.compile(r"corpus|initialise|pretrain|shard|targets|evaluate|(train|reshard)(-[0-9]+)?")
-_STAGES = re.compile(r"(pretrain)?( ?shard( train( reshard train)*( router)?)?)?( ?evaluate)?")
+_STAGE_NAME = re.compile(r"corpus|initialise|pretrain|shard|gater|targets|evaluate|(train|reshard)(-[0-9]+)?")
+_STAGES = re.compile(r"(pretrain)?( ?shard( train( reshard train)*( gater)?( router)?)?)?( ?evaluate)?")
 
 
 class InstalledSource(Section):
@@ -291,6 +291,11 @@ class Experiment(Section):
         return [stage for stage in self.stages if isinstance(stage, ReshardStage)]
 
     @property
+    def gated(self) -> list[ReshardStage | GaterStage]:
+        """The stages that fit a gater, in their order."""
+        return [stage for stage in self.stages if isinstance(stage, ReshardStage | GaterStage)]
+
+    @property
     def router(self) -> RouterStage | None:
         return next((stage for stage in self.stages if isinstance(stage, RouterStage)), None)
 
@@ -330,7 +335,7 @@ class Experiment(Section):
         if not _STAGES.fullmatch(" ".join(kinds)):
             raise ValueError(
                 f"stages {kinds} must be some of pretrain, shard, train, evaluate in this order, each at most once; "
-                "after train, pairs of reshard and train may follow, and after the last train one router"
+                "after train, pairs of reshard and train may follow, and after the last train one gater and one router"
             )
         if len({stage.inner_steps for stage in self.trains}) > 1:
             steps = ", ".join(str(stage.inner_steps) for stage in self.trains)
@@ -350,7 +355,7 @@ class Experiment(Section):
 
     @model_validator(mode="after")
     def _stages_that_score_have_what_they_need(self) -> Experiment:
-        scoring: list[ReshardStage | RouterStage] = [*self.reshards, *([self.router] if self.router else [])]
+        scoring: list[ReshardStage | GaterStage | RouterStage] = [*self.gated, *([self.router] if self.router else [])]
         if not scoring:
             return self
         kind, num_paths = scoring[0].kind, self.topology.num_paths
@@ -365,14 +370,14 @@ class Experiment(Section):
             raise ValueError(f"a {kind} stage scores the router split: set corpus.splits.router above 0")
         if num_paths < 2:
             raise ValueError(f"a {kind} stage chooses between paths, and this topology has one")
-        if self.sharding.kind == "random" and any(stage.candidates for stage in self.reshards[:1]):
+        if self.sharding.kind == "random" and any(stage.candidates for stage in self.gated[:1]):
             raise ValueError(
-                "reshard.candidates are the nearest paths by the router so far, and random shards have none before the "
-                "first reshard: leave it out there, or set sharding.kind to kmeans or product-kmeans"
+                f"{kind}.candidates are the nearest paths by the router so far, and random shards have none before the "
+                f"first {kind}: leave it out there, or set sharding.kind to kmeans or product-kmeans"
             )
-        for stage in self.reshards:
+        for stage in self.gated:
             if stage.candidates is not None and not 2 <= stage.candidates <= num_paths:
-                raise ValueError(f"reshard.candidates must be 2..{num_paths} (the paths), not {stage.candidates}")
+                raise ValueError(f"{stage.kind}.candidates must be 2..{num_paths} (the paths), not {stage.candidates}")
         if self.router and self.tokenizer.kind == "bpe" and self.tokenizer.vocab_size < num_paths:
             raise ValueError(
                 f"the router LM scores paths by tokens of its vocabulary: tokenizer.vocab_size "

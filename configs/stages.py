@@ -51,15 +51,26 @@ class GaterConfig(Section):
     match_labels: bool = True
 
 
-class ReshardStage(Section):
-    """Score the router split under every path, fit the gater to the best ones, give every sequence its shard anew."""
+class _GatedStage(Section):
+    """Score the router split under every path and fit the gater to the best ones."""
 
-    kind: Literal["reshard"]
     gater: GaterConfig = GaterConfig()
     # Of each token file of the router split, scored under every path; null: all of them.
     max_sequences: PositiveInt | None = None
     # Score each sequence under its so many nearest paths only, by the router so far; null: under all paths.
     candidates: PositiveInt | None = None
+
+
+class ReshardStage(_GatedStage):
+    """Fit the gater and give every training sequence its shard anew, for the train stage that follows."""
+
+    kind: Literal["reshard"]
+
+
+class GaterStage(_GatedStage):
+    """Fit the gater to the trained paths, for inference; shards stay as they were trained on."""
+
+    kind: Literal["gater"]
 
 
 class RouterStage(Section):
@@ -91,6 +102,6 @@ class EvaluateStage(Section):
 
 
 Stage = Annotated[
-    PretrainStage | ShardStage | TrainStage | ReshardStage | RouterStage | EvaluateStage,
+    PretrainStage | ShardStage | TrainStage | ReshardStage | GaterStage | RouterStage | EvaluateStage,
     Field(discriminator="kind"),
 ]

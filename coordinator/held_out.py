@@ -23,7 +23,7 @@ class HeldOut:
         """How many sequences of each are long enough to be measured; raises UnusableShards where they are too few."""
         experiment, paths = self._plan.experiment, self._plan.mixture.num_paths
         wanted = {
-            "router": 2 * paths if experiment.reshards else int(experiment.router is not None),
+            "router": 2 * paths if experiment.gated else int(experiment.router is not None),
             "stop": int(experiment.early_stopping is not None),
         }
         found = {split: self._long_enough(task, state, split) for split, at_least in wanted.items() if at_least}

@@ -61,7 +61,7 @@ class Jobs:
         self._say("building the corpus")
         manifest = build_corpus(experiment.corpus, experiment.tokenizer, self._store, self._progress())
         manifest.ranges_of("train")
-        if experiment.reshards or experiment.router:
+        if experiment.gated or experiment.router:
             manifest.ranges_of("router")
         if experiment.router and manifest.vocab_size < self._plan.mixture.num_paths:
             raise BadTokenizer(

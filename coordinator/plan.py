@@ -12,7 +12,7 @@ from typing import Any
 
 from configs.routes import chunk_tokens, router_intervals
 from configs.schema import Config, Experiment, OuterConfig
-from configs.stages import PretrainStage, ReshardStage, RouterStage, TrainStage
+from configs.stages import GaterStage, PretrainStage, ReshardStage, RouterStage, TrainStage
 from coordinator.memory import train_bytes
 from coordinator.outer import contribution_weights
 from coordinator.state import Shard, Stage, State, Task, Version
@@ -31,6 +31,9 @@ from protocol.tasks import (
 BASE, MIXTURE, ROUTER = "base", "mixture", "router"
 TRAINING = ("pretrain", "train", "baseline", "router")
 SHARDING = ("shard", "reshard")
+# Stages that may leave the run another router.
+ROUTING = (*SHARDING, "gater")
+OfMixture = TrainStage | ReshardStage | GaterStage
 # The coordinator's own tasks whose result has a router.
 FITTING = ("FIT", "GATE")
 
@@ -46,16 +49,16 @@ def blob(pair: Any) -> BlobRef:
     return BlobRef(digest=pair[0], size=pair[1])
 
 
-def _named(experiment: Experiment) -> list[tuple[str, TrainStage | ReshardStage]]:
-    """The stages that train the mixture or re-shard it, with their names: later ones of a kind are numbered."""
-    stages = [stage for stage in experiment.stages if isinstance(stage, TrainStage | ReshardStage)]
+def _named(experiment: Experiment) -> list[tuple[str, OfMixture]]:
+    """The stages of the mixture itself, in their order, with their names: later ones of a kind are numbered."""
+    stages = [stage for stage in experiment.stages if isinstance(stage, OfMixture)]
     kinds = [stage.kind for stage in stages]
     counts = [kinds[: index + 1].count(kind) for index, kind in enumerate(kinds)]
     names = [kind if count == 1 else f"{kind}-{count}" for kind, count in zip(kinds, counts, strict=True)]
     return list(zip(names, stages, strict=True))
 
 
-def _phases(named: list[tuple[str, TrainStage | ReshardStage]]) -> dict[str, range]:
+def _phases(named: list[tuple[str, OfMixture]]) -> dict[str, range]:
     """The phases of every train stage, by its name."""
     phases: dict[str, range] = {}
     first = 0
@@ -124,10 +127,10 @@ class Plan:
             return "pretrain" if model == BASE else model
         return next((name for name, phases in self._phases.items() if phase in phases), [*self._phases][-1])
 
-    def reshard(self, stage: Stage) -> ReshardStage:
-        """What is configured for a reshard stage."""
+    def gated(self, stage: Stage) -> ReshardStage | GaterStage:
+        """What is configured for a stage that fits a gater."""
         found = dict(self._of_mixture)[stage.name]
-        assert isinstance(found, ReshardStage), f"{stage.name} is no reshard stage"
+        assert isinstance(found, ReshardStage | GaterStage), f"{stage.name} fits no gater"
         return found
 
     def first_step(self, model: str) -> int:
@@ -199,13 +202,13 @@ class Plan:
         return [part for part in state.stages["corpus"].result["ranges"] if part["split"] == split]
 
     def router(self, state: State) -> BlobRef | None:
-        """The frozen router by which the shards are as they are, where the run has one."""
-        done = [stage for stage in state.stages.values() if stage.kind in SHARDING and stage.status == "done"]
+        """The frozen router of the run as it stands, where it has one: that of its shards, or a gater fitted later."""
+        done = [stage for stage in state.stages.values() if stage.kind in ROUTING and stage.status == "done"]
         frozen = [stage.result["router"] for stage in done if stage.result.get("router")]
         return blob(frozen[-1]) if frozen else None
 
     def fitted(self, state: State, stage: Stage) -> BlobRef | None:
-        """The router that a stage which still divides has fitted, if it fits one."""
+        """The router that a stage which is not over has fitted, if it fits one."""
         fits = [task for task in state.tasks_of(stage.name) if task.kind in FITTING and task.status == "done"]
         return blob(fits[-1].result["router"]) if fits else None
 

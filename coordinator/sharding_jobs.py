@@ -1,4 +1,4 @@
-"""The coordinator's own tasks of `shard` and `reshard`: fitting a router, choosing what to score, dividing sequences.
+"""The coordinator's own tasks of `shard`, `reshard` and `gater`: routers, what to score, who gets what.
 
 Legend: N router sequences, P paths.
 """
@@ -103,13 +103,13 @@ class ShardingJobs:
 
     def select(self, task: Task, state: State) -> dict[str, Any]:
         """The positions (uint32) that each path is scored on in each router file, and what that costs."""
-        reshard = self._plan.reshard(state.stages[task.stage])
-        choices = self._candidates(task, state, reshard.candidates)
+        gated = self._plan.gated(state.stages[task.stage])
+        choices = self._candidates(task, state, gated.candidates)
         selections: dict[str, list[Any]] = {}
         scored = 0
         for part, features in zip(self._router_parts(state), self._features(task, state), strict=True):
             with TokenFile.open(self._store.path(blob(part["file"]).digest)) as file:
-                positions, lengths = evaluated_positions(file, reshard.max_sequences), np.array(file.lengths)
+                positions, lengths = evaluated_positions(file, gated.max_sequences), np.array(file.lengths)
             near = None if choices is None else choices(features.z[positions])
             for path_index in range(self._plan.mixture.num_paths):
                 chosen = positions if near is None else positions[(near == path_index).any(axis=1)]
@@ -146,7 +146,7 @@ class ShardingJobs:
 
         experiment, stage = self._plan.experiment, state.stages[task.stage]
         ids, z, losses = self._scored(task, state)
-        fitted = fit_gater(ids, z, losses, self._plan.reshard(stage).gater, experiment.sharding.prefix_tokens)
+        fitted = fit_gater(ids, z, losses, self._plan.gated(stage).gater, experiment.sharding.prefix_tokens)
         found: dict[str, Any] = {
             "sequences": len(ids),
             "best_shares": fitted.best_shares.tolist(),
@@ -164,7 +164,9 @@ class ShardingJobs:
             f"gater {_percent(found['gater_shares'])} %, agreement {100 * fitted.agreement_with_labels:.0f} %"
         )
         if not fitted.converged:
-            self._say(f"{task.stage}: the gater's regression has not converged; raise reshard.gater.regularization")
+            self._say(
+                f"{task.stage}: the gater's regression has not converged; raise {stage.kind}.gater.regularization"
+            )
         return {"router": list(self._store.put_bytes(fitted.gater.to_bytes())), "gater": found}
 
     def _former_loss(self, state: State, z: npt.NDArray[np.float32], losses: npt.NDArray[np.float64]) -> float | None:
@@ -177,7 +179,7 @@ class ShardingJobs:
         return float(scored.mean()) if len(scored) else None
 
     def _former(self, state: State) -> FrozenRouter | None:
-        """The router by which the shards are as they are."""
+        """The router so far."""
         router = self._plan.router(state)
         return None if router is None else read_router(self._store.path(router.digest).read_bytes())
 

@@ -1,8 +1,9 @@
-"""The steps of `shard` and `reshard`: features, a router, and every training sequence in its shard. Pure.
+"""The steps of `shard`, `reshard` and `gater`: features, a router, and every training sequence in its shard. Pure.
 
 A re-shard (DiPaCo, arXiv 2403.10616, Sec 2.4.2) scores held-out sequences under every path, fits the gater to the best
 ones and divides anew. Modules, outer momentum and the inner state of each path go on; what a shard holds, and the
-router that gave it that, change together in the one decision that ends the stage.
+router that gave it that, change together in the one decision that ends the stage. After the last training a `gater`
+stage does the first half of it: inference is routed by what the final paths are best at, and nothing is divided.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ class ShardingSteps:
         self.shard: tuple[Step, ...] = fit.get(
             plan.experiment.sharding.kind, (self._sample, self._fit, self._assign, *divide)
         )
-        self.reshard: tuple[Step, ...] = (self._look, self._select, self._score, self._gate, self._assign, *divide)
+        self.gater: tuple[Step, ...] = (self._look, self._select, self._score, self._gate)
+        self.reshard: tuple[Step, ...] = (*self.gater, self._assign, *divide)
 
     # --- a router of features, and the shards that follow from it -----------------------------------------------------
 
@@ -88,14 +90,17 @@ class ShardingSteps:
         """The stage's result, and the shards of the mixture: forked from the base, or with other data than before."""
         if stage.kind == "shard" and self._experiment.sharding.kind == "all":
             return {}, [self.forked(state, MIXTURE)]
+        router = self._plan.fitted(state, stage)
+        frozen = None if router is None else [router.digest, router.size]
+        if stage.kind == "gater":
+            return {"router": frozen, "gater": local_result(state, stage.name, "GATE")["gater"]}, []
         divided = local_result(state, stage.name, "DIVIDE")
         gathered = {task.subject: task for task in state.tasks_of(stage.name) if task.kind == "PACK"}
         shards = [
             self._shard(state, stage, shard, entry, gathered[str(shard)])
             for shard, entry in enumerate(divided["shards"])
         ]
-        router = self._plan.fitted(state, stage)
-        result = {**divided, "router": None if router is None else [router.digest, router.size]}
+        result = {**divided, "router": frozen}
         if stage.kind == "reshard":
             result["gater"] = local_result(state, stage.name, "GATE")["gater"]
         return result, shards

@@ -30,6 +30,7 @@ class StageSteps:
             "initialise": (self._initialise,),
             "shard": self._sharding.shard,
             "reshard": self._sharding.reshard,
+            "gater": self._sharding.gater,
             "targets": self._router.targets,
             "evaluate": EvaluationSteps(plan).evaluate,
         }
@@ -67,6 +68,8 @@ class StageSteps:
         if stage.kind == "reshard":
             result, shards = self._sharding.concluded(state, stage)
             return result, [*shards, *EarlyStopping(self.plan).reset(state)]
+        if stage.kind == "gater":
+            return self._sharding.concluded(state, stage)[0], []
         if stage.kind == "targets":
             return self._router.concluded(state, stage), []
         if stage.kind == "evaluate":
@@ -98,7 +101,7 @@ class StageSteps:
     def _check(self, state: State, stage: Stage) -> list[Task]:
         """Whether the held-out splits will do for what is to be fitted to them: before anything is trained."""
         experiment = self.experiment
-        needed = experiment.reshards or experiment.router or experiment.early_stopping
+        needed = experiment.gated or experiment.router or experiment.early_stopping
         return [stage_task(stage.name, "CHECK", "splits")] if needed else []
 
     def _concluded_corpus(self, state: State) -> dict[str, Any]:

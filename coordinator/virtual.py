@@ -317,7 +317,7 @@ def local_result(task: Task, plan: Plan) -> dict[str, Any]:
     """What the coordinator's own tasks answer where there is no text and no tensor."""
     if task.kind == "BUILD":
         experiment = plan.experiment
-        scored = ["router"] if experiment.reshards or experiment.router else []
+        scored = ["router"] if experiment.gated or experiment.router else []
         stops = ["stop"] if experiment.early_stopping is not None else []
         splits = ["train", "train", "validation", "test", *scored, *stops]
         ranges = [{"index": index, "split": split, "text": _pair("text", index)} for index, split in enumerate(splits)]
@@ -336,7 +336,7 @@ def local_result(task: Task, plan: Plan) -> dict[str, Any]:
     if task.kind == "LABEL":
         return {"targets": _pair("targets"), "manifest": _pair("labelled"), "sequences": 1, "labelled_tokens": 1}
     if task.kind == "DIVIDE":
-        index = 5 if plan.experiment.reshards or plan.experiment.router else 4  # of the file of the stop split
+        index = 5 if plan.experiment.gated or plan.experiment.router else 4  # of the file of the stop split
         paths = range(plan.mixture.num_paths)
         stop = {f"{path_index}-{index}": _pair("stop", task.stage, path_index) for path_index in paths}
         return {

@@ -4,7 +4,7 @@ Keys: `run`; `perplexity` and `bits_per_byte` {dense, other baselines, dipaco: {
 number}} on the held-out `split`, the prefix of every sequence left out; `per_domain` {domain: the shape of
 perplexity}; `path_load` {route: {path: share of tokens}}; `oracle_agreement`; `route_accuracy` {route: share of tokens
 routed as the oracle of the same interval does}; `sharding` {stage: {token_shares
-{path: share}, and of a re-shard label_shares, gater_shares, agreement, ...}}; `early_stopping` {paths, kept_bytes,
+{path: share}, and of a gater label_shares, gater_shares, agreement, ...}}; `early_stopping` {paths, kept_bytes,
 versions_per_module} (dipaco/early_stopping.py), `dipaco-best` beside `dipaco` then; `tokens` {trained, evaluated};
 `wire_bytes` {modules, outer_gradients, inner_state, checkpoints, other}; `stages` {name: seconds} (they may overlap);
 `wall_s`, `peak_rss_mb` (all processes of `dipaco run` together, proportional) and `workers`; `digest` of all weights;
@@ -17,7 +17,7 @@ import json
 from typing import Any
 
 from configs.load import experiment_digest
-from coordinator.plan import ROUTER, SHARDING
+from coordinator.plan import ROUTER, ROUTING
 from coordinator.snapshot import RunSnapshot
 from dipaco.asking import plain
 from dipaco.curves import MissingExtra, draw, loss_curves
@@ -59,16 +59,21 @@ def build_report(snapshot: RunSnapshot) -> dict[str, Any]:
 
 
 def sharding_of(snapshot: RunSnapshot) -> dict[str, dict[str, Any]]:
-    """Of every stage that divided the training sequences: the share of tokens of each path, and the gater's numbers."""
+    """The share of tokens of each path of every stage that divided the sequences, and the numbers of every gater."""
     topology, found = snapshot.topology, {}
     for stage in snapshot.state.stages.values():
-        if stage.kind in SHARDING and stage.result.get("shards"):
+        if stage.kind not in ROUTING:
+            continue
+        gater = stage.result.get("gater", {})
+        if stage.result.get("shards"):
             shares: dict[str, float] = {}
             total = sum(entry["tokens"] for entry in stage.result["shards"])
             for shard, entry in enumerate(stage.result["shards"]):
                 path_id = topology.path_id(topology.path_of_shard(shard))
                 shares[path_id] = shares.get(path_id, 0.0) + entry["tokens"] / total
-            found[stage.name] = {"token_shares": shares, **stage.result.get("gater", {})}
+            found[stage.name] = {"token_shares": shares, **gater}
+        elif gater:
+            found[stage.name] = dict(gater)
     return found
 
 

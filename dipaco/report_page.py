@@ -42,8 +42,8 @@ def page(report: dict[str, Any], curves_png: bytes | None) -> str:
         ]
         parts += ["<h2>Share of the held-out tokens by path and route</h2>", _table(("path", *routes), loads)]
         parts.append(f"<p>{_text(accuracy_line(report))}</p>")
-    if report["sharding"]:
-        stages = list(report["sharding"])
+    stages = [name for name, found in report["sharding"].items() if "token_shares" in found]
+    if stages:
         shares = [
             (path, *(f"{report['sharding'][stage]['token_shares'][path]:.1%}" for stage in stages))
             for path in report["sharding"][stages[0]]["token_shares"]

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from jaxtyping import Float32
 
-from coordinator.plan import ROUTER
+from coordinator.plan import ROUTER, ROUTING
 from coordinator.snapshot import RunSnapshot
 from dipaco.ending import Refused
 from inference.module_cache import verify_module
@@ -83,6 +83,6 @@ def _refuse_without(snapshot: RunSnapshot) -> None:
         raise Refused("this run has one path: there is nothing to route")
     if snapshot.router_path is not None:
         return
-    if any(stage.kind in ("shard", "reshard") and stage.status != "done" for stage in snapshot.state.stages.values()):
+    if any(stage.kind in ROUTING and stage.status != "done" for stage in snapshot.state.stages.values()):
         raise Refused("this run has no router yet: its sharding is not done; let the run go on first")
     raise Refused("this run has no router: its shards are random, so no text belongs to one path rather than another")

@@ -30,7 +30,7 @@ def core_seconds(cost: Cost, frozen: Experiment, experiment: Experiment, splits:
     models = topology.num_paths * (1 if stopping is None else 2) + len(experiment.baselines)
     files = {split: _files(cost, experiment.corpus, split) for split in (VALIDATION, TEST, "router", "stop")}
     looked_at = sum(files[split] for split in splits) * models * (experiment.evaluation.max_sequences or 0)
-    for stage in experiment.reshards:
+    for stage in experiment.gated:
         looked_at += (stage.candidates or topology.num_paths) * files["router"] * (stage.max_sequences or 0)
     if router is not None:
         steps += router.steps

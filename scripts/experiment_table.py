@@ -255,7 +255,7 @@ def _measure(experiment: Experiment) -> dict[str, object]:
 def _check_routes(table: Table, row: Row, config: Config) -> None:
     experiment = config.experiment
     num_paths = Topology.from_config(experiment.topology).num_paths
-    routed = experiment.sharding.kind not in ("all", "random") or bool(experiment.reshards)
+    routed = experiment.sharding.kind not in ("all", "random") or bool(experiment.gated)
     for name in routes_of(table, row, config):
         if name in (UNROUTED, RANDOM):
             continue
