@@ -103,12 +103,25 @@ def count_steps(tasks: Sequence[HeldTask], faults: Sequence[Record]) -> int:
         steps = held.reported[1]
         if held.outcome != "completed":
             hung_s = [at_s for worker, at_s in stopped if worker == held.worker and at_s > held.begin_s]
-            silent_s = min([*hung_s, held.end_s]) - held.reported[0]
-            unreported_s = max(0.0, silent_s - (0.0 if held.first_report else starting_s))
+            until_s = min([*hung_s, held.end_s])
+            unreported_s = max(0.0, until_s - held.reported[0] - (0.0 if held.first_report else starting_s))
             steps = max(steps, min(most, steps + round(unreported_s / step_s)))
-            held.seconds = min(held.end_s - held.begin_s, (steps - held.resumed) * step_s)
+            held.seconds = _computing_s(held, until_s, steps, most, step_s)
         held.executed = steps - held.resumed
     return sum(held.executed for held in training)
+
+
+def _computing_s(held: HeldTask, until_s: float, steps: int, most: int, step_s: float) -> float:
+    """Seconds that a lost lease computed until its worker ended or hung: steps follow one another without a pause.
+
+    Where nothing was reported, as long as the steps take at the median speed.
+    """
+    if held.first_report is None:
+        return min(held.end_s - held.begin_s, (steps - held.resumed) * step_s)
+    first_s, first_steps = held.first_report
+    since_s = max(held.begin_s, first_s - (first_steps - held.resumed) * step_s)
+    last_s, last_steps = held.reported
+    return max(0.0, min(until_s, last_s + max(0, most - last_steps) * step_s) - since_s)
 
 
 def up_times(events: Iterable[Record], faults: Sequence[Record], ended_s: float) -> tuple[dict[str, Intervals], ...]:

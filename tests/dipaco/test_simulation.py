@@ -69,6 +69,16 @@ def test_a_kill_costs_the_steps_in_flight() -> None:
     assert outcome["participation"][-60][1:] == [1.0, 1.0]
 
 
+def test_a_worker_that_was_slow_until_its_end_computed_all_the_while() -> None:
+    """Steps are counted by reports; that they took three times as long as those of others is no idleness."""
+    events, faults, metrics = FACTS["killed"]
+    slow = [event(105.5, "progress", task_id=TASK, fence=1, steps=2) if e["event"] == "progress" else e for e in events]
+    early = event(103, "progress", task_id=TASK, fence=1, steps=1)
+    outcome = summarise([*slow[:4], early, *slow[4:]], faults, metrics, 100.0, 120.0)
+    assert outcome["steps_executed"] == 10 + 2
+    assert outcome["occupancy"] == pytest.approx(14 / 18)
+
+
 def test_steps_taken_over_from_a_checkpoint_are_executed_once() -> None:
     events = [
         *JOINS,
