@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from protocol.patience import FIRST_WAIT_S, LONGEST_WAIT_S, Patience
+from protocol.patience import FIRST_WAIT_S, LONGEST_WAIT_S, SHORT_WAIT_S, Patience
 
 
 def test_waits_grow_to_a_bound_and_never_end_without_a_limit() -> None:
@@ -14,6 +14,17 @@ def test_waits_grow_to_a_bound_and_never_end_without_a_limit() -> None:
     assert waits[0] is not None
     assert waits[0] <= FIRST_WAIT_S
     assert all(wait is not None and wait >= LONGEST_WAIT_S / 2 for wait in waits[10:])
+
+
+def test_a_silence_is_at_most_a_second_or_a_quarter_longer_than_it_was() -> None:
+    patience, now_s, waits = Patience(None, random.Random(0)), 0.0, []
+    while now_s < 20.0:
+        wait_s = patience.next_wait_s(now_s)
+        assert wait_s is not None
+        assert wait_s <= max(SHORT_WAIT_S, now_s / 4)
+        waits.append(wait_s)
+        now_s += wait_s
+    assert waits[-1] > SHORT_WAIT_S
 
 
 def test_a_limit_counts_from_the_first_failure() -> None:
