@@ -24,11 +24,15 @@ class PromptTooLong(ValueError):
     """A prompt beyond `sequence_length` where sliding is off."""
 
 
+class NoRouterLM(ValueError):
+    """A request that the router LM should route, where there is none."""
+
+
 @dataclass(frozen=True, slots=True)
 class Request:
     """`prompt` is token ids without BOS. `every`: route again after so many tokens (None: once). `path`: do not route.
 
-    `past_length`: what happens when the sequence is full.
+    `past_length`: what happens when the sequence is full. `by_router_lm`: the router LM chooses the paths.
     """
 
     prompt: Sequence[int]
@@ -37,6 +41,7 @@ class Request:
     every: int | None = None
     path: int | None = None
     past_length: Literal["slide", "stop"] = "slide"
+    by_router_lm: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,13 +71,21 @@ def look_after(tokens: int, prefix_tokens: int, every: int | None) -> int:
 class Engine:
     """Paths of one model, taken from `paths`, chosen by `router`; no state is shared between generations."""
 
-    def __init__(self, paths: PathSource, router: Router, prefix_tokens: int, bos_id: int, eos_id: int) -> None:
-        self._paths, self._router = paths, router
+    def __init__(
+        self,
+        paths: PathSource,
+        router: Router,
+        prefix_tokens: int,
+        bos_id: int,
+        eos_id: int,
+        router_lm: Router | None = None,
+    ) -> None:
+        self._paths, self._router, self._router_lm = paths, router, router_lm
         self._prefix_tokens = prefix_tokens
         self._bos_id, self._eos_id = bos_id, eos_id
 
     def generate(self, request: Request) -> Iterator[GeneratedToken]:
-        """The tokens that follow the prompt, one by one; raises PromptTooLong, UnknownPath and what the source does."""
+        """The tokens that follow the prompt; raises PromptTooLong, NoRouterLM, UnknownPath and what the source does."""
         sequence_length = self._paths.config.sequence_length
         stream = [self._bos_id, *request.prompt]
         if len(stream) > sequence_length and request.past_length == "stop":
@@ -80,7 +93,7 @@ class Engine:
                 f"the prompt has {len(request.prompt)} tokens, the model takes {sequence_length - 1}; "
                 "shorten it or let it slide"
             )
-        route = _Route(self._router, self._prefix_tokens, request)
+        route = _Route(self._router_of(request), self._prefix_tokens, request)
         sampler = Sampler(request.sampling)
         context = self._paths.context()
         path_index = route.of(stream)
@@ -98,6 +111,13 @@ class Engine:
             if finish is not None:
                 return
             self._append(context, stream, token)
+
+    def _router_of(self, request: Request) -> Router:
+        if not request.by_router_lm:
+            return self._router
+        if self._router_lm is None:
+            raise NoRouterLM("this model has no router LM; route by sequence, every:W or path:I.J")
+        return self._router_lm
 
     def _finish(self, token: int, exhausted: bool) -> Finish | None:
         if token == self._eos_id:
