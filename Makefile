@@ -43,9 +43,9 @@ stubs: .venv/ready-dev ## protocol/dipaco.proto -> the committed stubs
 	$(PYTHON) -m venv .venv
 
 .venv/ready: $(PINS) | .venv/bin/python
-	.venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[report]'
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[report,serve]'
 	touch $@
 
 .venv/ready-dev: $(PINS) | .venv/bin/python
-	.venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[report,data,dev]'
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[report,data,serve,dev]'
 	touch .venv/ready $@

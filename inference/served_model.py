@@ -1,0 +1,100 @@
+"""What a server answers with: the names of its models, its tokenizer, its limits, and the newest snapshot's name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from configs.routes import UnknownRoute, parse_route
+from corpus.tokenizer import Tokenizer
+from inference.request_errors import BadRequest, UnknownModel
+from model.topology import Topology, UnknownPath
+
+FIXED = "path:"
+ROUTES = "sequence, every:W, router:W or path:I.J"
+BASE_MODEL_NOTE = "a base model: it continues text and was not trained to follow instructions"
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Of one request: tokens of a prompt, new tokens, texts; of the server: generations at a time and waiting."""
+
+    prompt_tokens: int
+    new_tokens: int
+    texts: int = 16
+    running: int = 16
+    waiting: int = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Routing:
+    """How the paths of a text are chosen; the fields are those of an engine's request."""
+
+    name: str
+    every: int | None = None
+    path: int | None = None
+    by_router_lm: bool = False
+
+
+@dataclass(slots=True)
+class ServedModel:
+    """One run. Its topology and tokenizer never change; what follows its newer snapshots is `snapshot` and the flags.
+
+    `name` stands for the mixture, `name/I.J` for one path of it. `has_router`: several paths can be told apart.
+    """
+
+    name: str
+    topology: Topology
+    tokenizer: Tokenizer
+    created_s: int
+    has_router: bool
+    has_router_lm: bool
+    snapshot: str
+
+    @property
+    def names(self) -> list[str]:
+        """The mixture, then its paths."""
+        paths = [f"{self.name}/{self.path_id(index)}" for index in range(self.topology.num_paths)]
+        return [self.name, *(paths if len(paths) > 1 else [])]
+
+    def path_id(self, path_index: int) -> str:
+        return self.topology.path_id(path_index)
+
+    def check_name(self, name: str) -> None:
+        """Raises UnknownModel."""
+        if name not in self.names:
+            raise UnknownModel(
+                f"there is no model {name!r} here; this server has {self.name!r} and paths like {self.names[-1]!r}",
+                "model",
+            )
+
+    def routing(self, model: str, route: str | None) -> Routing:
+        """How a request for a model is routed; raises UnknownModel, UnknownPath and BadRequest."""
+        self.check_name(model)
+        if model != self.name:
+            wanted = FIXED + model.removeprefix(f"{self.name}/")
+            if route not in (None, wanted):
+                raise BadRequest(
+                    f"model {model!r} is one path; leave route {route!r} out or ask for {self.name!r}", "route"
+                )
+            route = wanted
+        return self._routed(route or "sequence")
+
+    def _routed(self, name: str) -> Routing:
+        if name.startswith(FIXED):
+            try:
+                return Routing(name, path=self.topology.path_index(name.removeprefix(FIXED)))
+            except UnknownPath as error:
+                raise BadRequest(str(error), "route") from None
+        try:
+            route = parse_route(name)
+        except UnknownRoute:
+            raise BadRequest(f"route {name!r} is none of {ROUTES}", "route") from None
+        if route.kind not in ("sequence", "every", "router"):
+            raise BadRequest(f"route {name!r} is for measuring; this server writes by {ROUTES}", "route")
+        if self.topology.num_paths == 1:
+            return Routing(name, path=0)
+        if route.kind == "router" and not self.has_router_lm:
+            raise BadRequest(f"route {name!r} needs a trained router LM, which this run has not", "route")
+        if route.kind != "router" and not self.has_router:
+            raise BadRequest("this run has no router (its shards are random): ask for one path, as path:I.J", "route")
+        return Routing(name, every=route.interval, by_router_lm=route.kind == "router")
