@@ -6,7 +6,7 @@ Reads config.json and safetensors (one file or sharded); refuses anything that w
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import numpy as np
 
 from configs.schema import ModelConfig
 from model import tensor_file
+from model.checkpoint_files import CONFIG, INDEX, WEIGHTS, CheckpointTokenizer, write_configuration, write_index
 from model.layout import TensorSpec, module_spec
 from model.topology import Topology
 
@@ -50,22 +51,56 @@ def export_path(
     model: ModelConfig,
     vocab_size: int,
     tensors: Mapping[str, np.ndarray],
-    tokenizer_json: bytes | None = None,
-    bos_id: int | None = None,
-    eos_id: int | None = None,
+    tokenizer: CheckpointTokenizer | None = None,
 ) -> None:
-    """Write a path (`model.path.compose`) as a checkpoint directory: configuration, weights, tokenizer."""
-    from safetensors.numpy import save_file
+    """Write a path (`model.path.compose`) as a checkpoint directory: configuration, one file of weights, tokenizer.
 
+    The weights are in the one form of `model.tensor_file`, without metadata: transformers reads that from 4.48 on.
+    """
     directory.mkdir(parents=True, exist_ok=True)
-    config = checkpoint_config(model, vocab_size) | {"bos_token_id": bos_id, "eos_token_id": eos_id}
-    _write_json(directory / "config.json", config)
-    _write_json(directory / "generation_config.json", {"bos_token_id": bos_id, "eos_token_id": eos_id})
-    contiguous = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
-    save_file(contiguous, directory / "model.safetensors", metadata={"format": "pt"})
-    if tokenizer_json is not None:
-        (directory / "tokenizer.json").write_bytes(tokenizer_json)
-        _write_json(directory / "tokenizer_config.json", _tokenizer_config(tokenizer_json, model, bos_id, eos_id))
+    write_configuration(directory, checkpoint_config(model, vocab_size), model.sequence_length, tokenizer)
+    tensor_file.write(directory / WEIGHTS, tensors)
+
+
+def export_modules(
+    directory: Path,
+    model: ModelConfig,
+    vocab_size: int,
+    files: Mapping[str, Sequence[TensorSpec]],
+    tokenizer: CheckpointTokenizer | None = None,
+) -> None:
+    """Write a checkpoint directory whose weights are files that are in it, by name, or will be: those of modules."""
+    directory.mkdir(parents=True, exist_ok=True)
+    write_configuration(directory, checkpoint_config(model, vocab_size), model.sequence_length, tokenizer)
+    write_index(directory, files)
+
+
+def model_of(directory: Path) -> tuple[ModelConfig, int]:
+    """The shape and the vocabulary size of the path that a checkpoint directory holds; raises IncompatibleCheckpoint.
+
+    Its sequences are as long as `max_position_embeddings`.
+    """
+    config = _read_json(directory / CONFIG)
+    rope = config.get("rope_parameters") or {}
+    try:
+        model = ModelConfig(
+            blocks=config["num_hidden_layers"],
+            hidden_size=config["hidden_size"],
+            heads=config["num_attention_heads"],
+            kv_heads=config.get("num_key_value_heads"),
+            head_size=config.get("head_dim"),
+            intermediate_size=config["intermediate_size"],
+            sequence_length=config["max_position_embeddings"],
+            qk_norm=config["model_type"] == "qwen3",
+            tie_embeddings=config.get("tie_word_embeddings", False),
+            rope_theta=rope.get("rope_theta", config.get("rope_theta", 10_000.0)),
+            norm_eps=config["rms_norm_eps"],
+        )
+        vocab_size = int(config["vocab_size"])
+    except (KeyError, ValueError, TypeError) as error:
+        raise IncompatibleCheckpoint(f"{directory / CONFIG} does not describe a path: {error}") from None
+    _check_config(directory, model, vocab_size)
+    return model, vocab_size
 
 
 def checkpoint_config(model: ModelConfig, vocab_size: int) -> dict[str, Any]:
@@ -135,19 +170,19 @@ def _files_of_tensors(directory: Path) -> Iterator[tuple[str, str]]:
     """(tensor name, file name) of every tensor."""
     from safetensors import safe_open
 
-    index = directory / "model.safetensors.index.json"
+    index = directory / INDEX
     if index.is_file():
         yield from _read_json(index)["weight_map"].items()
-    elif (directory / "model.safetensors").is_file():
-        with safe_open(directory / "model.safetensors", framework="np") as file:
-            yield from ((name, "model.safetensors") for name in file.keys())  # noqa: SIM118
+    elif (directory / WEIGHTS).is_file():
+        with safe_open(directory / WEIGHTS, framework="np") as file:
+            yield from ((name, WEIGHTS) for name in file.keys())  # noqa: SIM118
     else:
         raise IncompatibleCheckpoint(f"{directory} has neither model.safetensors nor model.safetensors.index.json")
 
 
 def _check_config(directory: Path, model: ModelConfig, vocab_size: int) -> None:
     """Raise IncompatibleCheckpoint for the first thing that config.json and the configuration disagree on."""
-    config = _read_json(directory / "config.json")
+    config = _read_json(directory / CONFIG)
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if rope.get("rope_type", rope.get("type", "default")) != "default":
         raise IncompatibleCheckpoint(f"{directory} scales its rotary positions ({rope}); only plain ones are supported")
@@ -184,19 +219,6 @@ def _check_config(directory: Path, model: ModelConfig, vocab_size: int) -> None:
         )
 
 
-def _tokenizer_config(
-    tokenizer_json: bytes, model: ModelConfig, bos_id: int | None, eos_id: int | None
-) -> dict[str, Any]:
-    tokens = {item["id"]: item["content"] for item in json.loads(tokenizer_json).get("added_tokens", [])}
-    return {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": tokens.get(bos_id),
-        "eos_token": tokens.get(eos_id),
-        "model_max_length": model.sequence_length,
-        "clean_up_tokenization_spaces": False,
-    }
-
-
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
@@ -205,7 +227,3 @@ def _read_json(path: Path) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         raise IncompatibleCheckpoint(f"{path} is not JSON: {error}") from None
     return content
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

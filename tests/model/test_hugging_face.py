@@ -12,7 +12,8 @@ from safetensors.numpy import load_file, save_file
 
 from configs.schema import LevelConfig, ModelConfig
 from corpus.tokenizer import byte_tokenizer
-from model.hugging_face import IncompatibleCheckpoint, export_path, import_modules
+from model.checkpoint_files import CheckpointTokenizer
+from model.hugging_face import IncompatibleCheckpoint, export_path, import_modules, model_of
 from model.path import compose, load_path
 from model.topology import Topology
 from tests.model.conftest import TWO_BY_TWO, VOCAB_SIZE, tiny_model, topology
@@ -96,10 +97,13 @@ def test_the_tokenizer_goes_along(tmp_path: Path, write_modules: WriteModules) -
     tokenizer = byte_tokenizer()
     model, grid = tiny_model(), topology(ONE_MODULE)
     tensors = compose(model, VOCAB_SIZE, grid, write_modules(model, grid))
-    export_path(tmp_path / "x", model, VOCAB_SIZE, tensors, tokenizer.to_bytes(), tokenizer.bos_id, tokenizer.eos_id)
+    files = CheckpointTokenizer(tokenizer.to_bytes(), tokenizer.bos_id, tokenizer.eos_id)
+    export_path(tmp_path / "x", model, VOCAB_SIZE, tensors, files)
     loaded = transformers.AutoTokenizer.from_pretrained(tmp_path / "x")
-    text = "Grüße, 世界!\n  x = 1"
+    text = "Grüße, 世界!\n  x = <|eos|> 1"
     assert loaded(text, add_special_tokens=False)["input_ids"] == tokenizer.encode(text)
+    assert loaded(text)["input_ids"] == [tokenizer.bos_id, *tokenizer.encode(text)]
+    assert loaded.decode(loaded(text)["input_ids"], skip_special_tokens=True) == text
     assert (loaded.bos_token_id, loaded.eos_token_id) == (tokenizer.bos_id, tokenizer.eos_id)
 
 
@@ -113,6 +117,28 @@ def test_export_and_import_are_inverse(tmp_path: Path, write_modules: WriteModul
     assert again.keys() == {"0.0", "1.0"}
     assert again["0.0"].read_bytes() == files["0.1"].read_bytes()
     assert again["1.0"].read_bytes() == files["1.1"].read_bytes()
+
+
+@pytest.mark.parametrize("shape", [{}, LLAMA, QWEN, {"tie_embeddings": False}])
+def test_the_shape_of_a_path_is_read_from_what_was_exported(
+    tmp_path: Path, write_modules: WriteModules, shape: dict[str, Any]
+) -> None:
+    model, grid = tiny_model(**shape), topology(ONE_MODULE)
+    export(tmp_path / "x", model, grid, write_modules(model, grid), 0)
+    found, vocab_size = model_of(tmp_path / "x")
+    filled = {"kv_heads": model.num_kv_heads, "head_size": model.size_per_head, "init_std": found.init_std}
+    assert (found, vocab_size) == (model.model_copy(update=filled), VOCAB_SIZE)
+
+
+def test_what_is_no_path_is_not_read_as_one(tmp_path: Path, write_modules: WriteModules) -> None:
+    model, grid = tiny_model(), topology(ONE_MODULE)
+    export(tmp_path / "x", model, grid, write_modules(model, grid), 0)
+    edit(tmp_path / "x" / "config.json", model_type="gpt_oss")
+    with pytest.raises(IncompatibleCheckpoint, match="model_type is gpt_oss, expected llama"):
+        model_of(tmp_path / "x")
+    edit(tmp_path / "x" / "config.json", model_type="llama", hidden_size=None)
+    with pytest.raises(IncompatibleCheckpoint, match="does not describe a path"):
+        model_of(tmp_path / "x")
 
 
 def test_a_tied_head_may_become_one_of_its_own(tmp_path: Path, write_modules: WriteModules) -> None:
