@@ -35,7 +35,7 @@ format: .venv/ready-dev ## rewrite formatting and what the linter can mend
 bench: .venv/ready-dev ## the measurements quoted in the README
 	.venv/bin/python scripts/measure_many_paths.py
 
-stubs: .venv/ready-dev ## protocol/dipaco.proto -> the committed stubs
+stubs: .venv/ready-dev ## protocol/*.proto -> the committed stubs
 	.venv/bin/python scripts/generate_stubs.py
 
 .venv/bin/python:

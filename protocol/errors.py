@@ -61,6 +61,14 @@ class WaitingForRoom(DiskFull):
     """The coordinator's disk is full for now. Nothing was changed; the same call is worth making again."""
 
 
+class UnservedModel(ValueError):
+    """The server of texts does not serve a model, or a path, of that name."""
+
+
+class Overloaded(RuntimeError):
+    """All places of the server of texts and its queue are taken. The same call is worth making again."""
+
+
 class Unavailable(ConnectionError):
     """Nobody answers at the address, or not in time. The same call is worth making again."""
 
@@ -76,6 +84,7 @@ STATUS_OF: dict[type[Exception], str] = {
     UnknownBlob: "NOT_FOUND",
     UnknownTask: "NOT_FOUND",
     UnknownWorker: "NOT_FOUND",
+    UnservedModel: "NOT_FOUND",
     NotAllowed: "UNAUTHENTICATED",
     Banned: "PERMISSION_DENIED",
     Forbidden: "PERMISSION_DENIED",
@@ -84,6 +93,7 @@ STATUS_OF: dict[type[Exception], str] = {
     CorruptBlob: "DATA_LOSS",
     DiskFull: "RESOURCE_EXHAUSTED",
     WaitingForRoom: "RESOURCE_EXHAUSTED",
+    Overloaded: "RESOURCE_EXHAUSTED",
     Unavailable: "UNAVAILABLE",
     RemoteFailure: "INTERNAL",
 }

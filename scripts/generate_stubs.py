@@ -1,6 +1,6 @@
-"""Writes the committed stubs of protocol/dipaco.proto: python scripts/generate_stubs.py [--check].
+"""Writes the committed stubs of the .proto files in protocol/: python scripts/generate_stubs.py [--check].
 
-`--check` writes nothing and fails where the committed stubs are not those of the .proto. Needs grpcio-tools of the
+`--check` writes nothing and fails where the committed stubs are not theirs. Needs grpcio-tools of the
 version that made the stubs; their headers name it.
 """
 
@@ -15,15 +15,17 @@ from pathlib import Path
 from grpc_tools import protoc
 
 ROOT = Path(__file__).resolve().parent.parent
-STUBS = ("dipaco_pb2.py", "dipaco_pb2_grpc.py", "dipaco_pb2.pyi")
+PROTOS = ("dipaco", "inference")
+STUBS = tuple(f"{name}{end}" for name in PROTOS for end in ("_pb2.py", "_pb2_grpc.py", "_pb2.pyi"))
 
 
 def generate(out: Path) -> dict[str, bytes]:
     """Run protoc into the directory `out`; returns the stubs by file name. Raises RuntimeError where protoc refuses."""
     flags = [f"--{kind}_out={out}" for kind in ("python", "grpc_python", "pyi")]
     well_known = files("grpc_tools") / "_proto"
-    if protoc.main(["protoc", f"-I{ROOT}", f"-I{well_known}", *flags, "protocol/dipaco.proto"]):
-        raise RuntimeError("protoc refuses protocol/dipaco.proto; its message stands above")
+    for proto in PROTOS:
+        if protoc.main(["protoc", f"-I{ROOT}", f"-I{well_known}", *flags, f"protocol/{proto}.proto"]):
+            raise RuntimeError(f"protoc refuses protocol/{proto}.proto; its message stands above")
     return {name: (out / "protocol" / name).read_bytes() for name in STUBS}
 
 
@@ -42,7 +44,7 @@ def main() -> int:
     names = drifted(stubs)
     if check:
         for name in names:
-            print(f"protocol/{name} is not the stub of protocol/dipaco.proto; run python scripts/generate_stubs.py")
+            print(f"protocol/{name} is not the stub of its .proto; run python scripts/generate_stubs.py")
         return 1 if names else 0
     for name in names:
         (ROOT / "protocol" / name).write_bytes(stubs[name])

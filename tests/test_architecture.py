@@ -52,7 +52,7 @@ TORCH_FREE += [
         "snapshot",
     )
 ]
-GENERATED = {"dipaco_pb2.py", "dipaco_pb2_grpc.py"}
+GENERATED = {"dipaco_pb2.py", "dipaco_pb2_grpc.py", "inference_pb2.py", "inference_pb2_grpc.py"}
 
 
 def sources(package: str) -> list[Path]:
@@ -182,6 +182,22 @@ FLAGS = {
         "--route",
         "--version",
         "--json",
+    },
+    "serve": {
+        "--http",
+        "--grpc",
+        "--name",
+        "--memory",
+        "--api-key-file",
+        "--tls-cert",
+        "--tls-key",
+        "--insecure",
+        "--max-prompt-tokens",
+        "--max-tokens",
+        "--max-running",
+        "--max-waiting",
+        "--drain-s",
+        "--version",
     },
     "route": {"--text", "--file", "--data", "--every", "--oracle", "--sample", "--version", "--json"},
     "digest": {"--all", "--json"},

@@ -13,6 +13,7 @@ from dipaco.commands.evaluate import evaluate
 from dipaco.commands.generate import generate
 from dipaco.commands.route import route
 from dipaco.commands.run import run
+from dipaco.commands.serve import serve
 from dipaco.commands.simulate import simulate
 from dipaco.commands.status import status
 from dipaco.commands.worker import worker
@@ -25,5 +26,19 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for command in (run, coordinator, worker, certs, status, evaluate, generate, route, digest, corpus, simulate, backup):
+for command in (
+    run,
+    coordinator,
+    worker,
+    certs,
+    status,
+    evaluate,
+    generate,
+    serve,
+    route,
+    digest,
+    corpus,
+    simulate,
+    backup,
+):
     app.command()(command)

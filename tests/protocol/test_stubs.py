@@ -22,8 +22,9 @@ def test_drift_is_noticed(tmp_path: Path) -> None:
     assert drifted(stubs) == ["dipaco_pb2.pyi"]
 
 
-def test_every_field_has_a_comment() -> None:
-    lines = (ROOT / "protocol" / "dipaco.proto").read_text(encoding="utf-8").splitlines()
-    fields = [line for line in lines if re.match(r"  (repeated )?\w+ \w+ = \d+;", line)]
-    assert len(fields) > 30
+@pytest.mark.parametrize(("proto", "at_least"), [("dipaco", 30), ("inference", 20)])
+def test_every_field_has_a_comment(proto: str, at_least: int) -> None:
+    lines = (ROOT / "protocol" / f"{proto}.proto").read_text(encoding="utf-8").splitlines()
+    fields = [line for line in lines if re.match(r"  (repeated |optional )?\w+ \w+ = \d+;", line)]
+    assert len(fields) > at_least
     assert [line for line in fields if not re.search(r"; *// \S", line)] == []

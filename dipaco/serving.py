@@ -1,0 +1,191 @@
+"""`dipaco serve` in one process: the run is followed, the engine computes, the doors are open until a signal."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from coordinator.journal import RunUnusable
+from coordinator.state import Version
+from dipaco.ending import Refused, sentence
+from dipaco.followed_run import FollowedRun, Taken, followed
+from inference.answering import Answering
+from inference.metrics import ServerMetrics
+from inference.served_model import Limits, ServedModel
+from inference.server import Doors, OpenDoors, open_doors
+from inference.thread_engine import ThreadEngine
+
+LOOK_S = 3.0
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """What is served and how much of it. `prompt_tokens`, `new_tokens` None: what one sequence holds.
+
+    `memory_bytes` bounds the modules in memory; `drain_s` (None: no bound) the wait for open answers at the end.
+    """
+
+    name: str | None = None
+    version: Version = "last"
+    memory_bytes: int = 2 * 1024**3
+    prompt_tokens: int | None = None
+    new_tokens: int | None = None
+    running: int = 16
+    waiting: int = 64
+    drain_s: float | None = None
+    look_s: float = LOOK_S
+
+
+@dataclass
+class Signals:
+    """What a person wants of the server: `drain` at the first signal, `cut` at the second."""
+
+    drain: asyncio.Event = field(default_factory=asyncio.Event)
+    cut: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def hear(self) -> None:
+        """A signal came."""
+        if self.drain.is_set():
+            self.cut.set()
+        self.drain.set()
+
+
+def serve_run(run_dir: Path, doors: Doors, offer: Offer, say: Callable[[str], None]) -> bool:
+    """Serve until SIGINT or SIGTERM; False where answers were cut off at the end.
+
+    Raises RunUnusable, Refused, DamagedModule, BadAddress, CannotServe before it listens.
+    """
+    doors.check()
+
+    async def until_signalled() -> bool:
+        signals = Signals()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            asyncio.get_running_loop().add_signal_handler(number, signals.hear)
+        return await serve_until(signals, run_dir, doors, offer, say)
+
+    return asyncio.run(until_signalled())
+
+
+async def serve_until(
+    signals: Signals,
+    run_dir: Path,
+    doors: Doors,
+    offer: Offer,
+    say: Callable[[str], None],
+    ready: Callable[[OpenDoors], None] = lambda opened: None,
+) -> bool:
+    """The same until `signals` say so; `ready` is told the doors once they are open."""
+    with followed(run_dir, offer.version, offer.memory_bytes, say) as run:
+        taken = run.take()
+        assert taken is not None
+        model, limits = _model(run, taken, offer), _limits(run, offer)
+        engine = _engine(run, taken, limits)
+        del taken  # the engine holds its paths, and nobody else
+        metrics = ServerMetrics()
+        answering = Answering(engine, model, limits, metrics)
+        metrics.follow(engine.stats, lambda: answering.open_answers)
+        following: asyncio.Task[None] | None = None
+        whole = False
+        try:
+            opened = await open_doors(answering, doors)
+            following = asyncio.create_task(_follow(run, engine, answering, offer.look_s, say))
+            for line in greeting(model, opened, doors):
+                say(line)
+            ready(opened)
+            await signals.drain.wait()
+            say(f"draining: {answering.open_answers} requests are being answered; a second signal ends them")
+            whole = await opened.stop(signals.cut, offer.drain_s)
+        finally:
+            if following is not None:
+                following.cancel()
+                await asyncio.gather(following, return_exceptions=True)
+            await asyncio.to_thread(engine.close, whole)
+        say("all requests were answered" if whole else "requests were cut off")
+        return whole
+
+
+def greeting(model: ServedModel, opened: OpenDoors, doors: Doors) -> list[str]:
+    """What a person needs to know once the server listens."""
+    scheme = "http" if doors.tls is None else "https"
+    lines = [
+        f"serving {model.name} ({model.topology.num_paths} paths, {model.snapshot}), {_who(doors)}",
+        f"HTTP  {scheme}://{opened.http}/v1",
+    ]
+    if opened.grpc is not None:
+        lines.append(f"gRPC  {opened.grpc} (dipaco.inference.v1.Generation)")
+    exposed = [str(address) for address in (opened.http, opened.grpc) if address and not address.is_loopback]
+    if exposed and doors.tls is None:
+        lines.append(f"traffic to {' and '.join(exposed)} is not encrypted: give --tls-cert and --tls-key")
+    return lines
+
+
+def _who(doors: Doors) -> str:
+    return "for anyone who reaches it" if doors.keys is None else "for those with an API key"
+
+
+def _model(run: FollowedRun, taken: Taken, offer: Offer) -> ServedModel:
+    name = offer.name or run.first.config.name
+    if "/" in name or not name.isprintable():
+        raise Refused(f"the name {name!r} cannot be a model's: printable characters without /, please; give --name")
+    return ServedModel(
+        name=name,
+        topology=run.topology,
+        tokenizer=run.tokenizer,
+        created_s=int(time.time()),
+        has_router=taken.has_router,
+        has_router_lm=taken.router_lm is not None,
+        snapshot=taken.name,
+    )
+
+
+def _limits(run: FollowedRun, offer: Offer) -> Limits:
+    length = run.first.config.experiment.model.sequence_length
+    return Limits(
+        prompt_tokens=offer.prompt_tokens or length - 1,
+        new_tokens=offer.new_tokens or length,
+        running=offer.running,
+        waiting=offer.waiting,
+    )
+
+
+def _engine(run: FollowedRun, taken: Taken, limits: Limits) -> ThreadEngine:
+    return ThreadEngine(
+        taken.paths,
+        taken.router,
+        run.first.config.experiment.sharding.prefix_tokens,
+        run.tokenizer.bos_id,
+        run.tokenizer.eos_id,
+        router_lm=taken.router_lm,
+        max_running=limits.running,
+        max_waiting=limits.waiting,
+    )
+
+
+async def _follow(
+    run: FollowedRun, engine: ThreadEngine, answering: Answering, look_s: float, say: Callable[[str], None]
+) -> None:
+    """Look for a newer snapshot again and again, and hand it over. What cannot be read now is looked at later."""
+    trouble = ""
+    while True:
+        await asyncio.sleep(look_s)
+        try:
+            taken = await asyncio.to_thread(run.take)
+            trouble = ""
+        except (RunUnusable, ValueError, OSError) as error:
+            told = sentence(error) or f"{type(error).__name__}: {error}"
+            if told != trouble:
+                say(f"the newest snapshot is not served: {told}")
+            trouble = told
+            continue
+        if taken is not None:
+            engine.renew(taken.paths, taken.router, taken.router_lm)
+            model = answering.model
+            model.snapshot, model.has_router = taken.name, taken.has_router
+            model.has_router_lm = taken.router_lm is not None
+            answering.metrics.renewed()
+            say(f"serving {taken.name} from now on")
+            del taken
