@@ -23,16 +23,14 @@ from corpus.builder import build_corpus, tokenize_range
 from corpus.tokenizer import Tokenizer
 from dipaco.asking import plain
 from dipaco.ending import Refused
+from dipaco.local_tasks import LocalTasks
 from dipaco.run_router import refuse_without_router_lm
-from inference.module_cache import verify_module
 from model.store import BlobStore
 from protocol.tasks import BlobRef, EvaluateSpec, FeaturizeSpec, PathRef
 from routing.evaluation import beside, measures, summarise
 from routing.prediction import chosen
 from routing.records import MIN_EVALUATED_TOKENS, Losses, Routes
 from routing.tables import LossTable, RouteTable
-from worker.outcome import no_progress
-from worker.task import run_task
 
 FIXED = "path:"
 """And a path id: the route that always takes this path."""
@@ -67,7 +65,7 @@ class Evaluation:
         self._fixed = [route for route in routes if route.startswith(FIXED)]
         self._routes = [route for route in routes if not route.startswith(FIXED)]
         self._chunk_tokens = chunk_tokens(self._routes)
-        self._verified: set[str] = set()
+        self._tasks = LocalTasks(snapshot, text.store)
 
     def run(self) -> dict[str, Any]:
         """The summary of routing.evaluation, with fixed paths (`path:I.J`) beside the routes."""
@@ -126,7 +124,7 @@ class Evaluation:
             max_sequences=self._text.max_sequences,
             tokenizer=blob(self._snapshot.corpus["tokenizer"]),
         )
-        return Losses.from_bytes(self._output(spec, path, "losses"))
+        return Losses.from_bytes(self._tasks.output(spec, "losses"))
 
     def _routed(self) -> RouteTable | None:
         router = self._plan.router(self._state)
@@ -159,26 +157,8 @@ class Evaluation:
                 intervals=intervals,
                 max_sequences=self._text.max_sequences,
             )
-            records.append(Routes.from_bytes(self._output(spec, base, "routes")))
+            records.append(Routes.from_bytes(self._tasks.output(spec, "routes")))
         return RouteTable.join(records)
-
-    def _output(self, spec: EvaluateSpec | FeaturizeSpec, path: PathRef, name: str) -> bytes:
-        """Run the task here and read its output."""
-        self._verify(path)
-        other = [spec.tokenizer if isinstance(spec, EvaluateSpec) else spec.router]
-        refs = [*(module.blob for module in path.modules), *(ref for ref in other if ref is not None)]
-        files = {ref.digest: self._snapshot.store.path(ref.digest) for ref in refs}
-        files[spec.tokens.digest] = self._text.store.path(spec.tokens.digest)
-        with tempfile.TemporaryDirectory(prefix="dipaco-evaluate-") as scratch:
-            outcome = run_task(spec, self._snapshot.config.experiment, files, Path(scratch), no_progress)
-            return outcome.files[name].read_bytes()
-
-    def _verify(self, path: PathRef) -> None:
-        """Each module's bytes are held against their digest when it is first used."""
-        for module in path.modules:
-            if module.blob.digest not in self._verified:
-                verify_module(self._snapshot.store, module.module_id, module.blob.digest)
-                self._verified.add(module.blob.digest)
 
 
 def evaluate_run(

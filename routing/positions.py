@@ -13,13 +13,16 @@ from jaxtyping import Int64, UInt32, UInt64
 
 
 def sampled_positions(ids: UInt64[np.ndarray, " N"], seed: int, share: float) -> Int64[np.ndarray, " S"]:
-    """Positions of the ids whose hash with the seed falls below `share`: the same whatever file an id stands in.
-
-    The hash is the finaliser of SplitMix64 (Steele et al. 2014), twice.
-    """
-    hashes = _mixed(_mixed(ids) ^ np.uint64(seed % 2**64))
-    below: np.ndarray = np.flatnonzero((hashes >> np.uint64(11)).astype(np.float64) * 2.0**-53 < share)
+    """Positions of the ids whose hash with the seed falls below `share`: the same whatever file an id stands in."""
+    shares = (hashes(ids, seed) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    below: np.ndarray = np.flatnonzero(shares < share)
     return below
+
+
+def hashes(ids: UInt64[np.ndarray, " N"], seed: int) -> UInt64[np.ndarray, " N"]:
+    """Of every id with the seed: the finaliser of SplitMix64 (Steele et al. 2014), twice."""
+    hashed: np.ndarray = _mixed(_mixed(ids) ^ np.uint64(seed % 2**64))
+    return hashed
 
 
 def _mixed(values: np.ndarray) -> np.ndarray:

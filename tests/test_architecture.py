@@ -31,6 +31,7 @@ MAY_USE_GRPC = {"service.py", "server.py", "client.py"}
 TORCH_FREE = ["configs", "protocol", "model.topology", "model.layout", "model.inner_state", "corpus"]
 TORCH_FREE += [f"routing.{name}" for name in ("agreement", "drift", "frozen", "gating", "load", "neighbours")]
 TORCH_FREE += ["routing.positions", "routing.sharding"]
+TORCH_FREE += [f"dipaco.{name}" for name in ("cloze_items", "cloze_routes", "cloze_score")]
 TORCH_FREE += [
     f"coordinator.{name}"
     for name in (
@@ -171,6 +172,7 @@ FLAGS = {
     },
     "status": {"--join", "--insecure", "--json"},
     "evaluate": {"--data", "--split", "--route", "--version", "--json"},
+    "cloze": {"--split", "--route", "--version", "--items", "--context", "--ending", "--json"},
     "generate": {
         "--prompt",
         "--tokens",

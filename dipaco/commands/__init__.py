@@ -6,6 +6,7 @@ import typer
 
 from dipaco.commands.backup import backup
 from dipaco.commands.certs import certs
+from dipaco.commands.cloze import cloze
 from dipaco.commands.coordinator import coordinator
 from dipaco.commands.corpus import corpus
 from dipaco.commands.digest import digest
@@ -33,6 +34,7 @@ for command in (
     certs,
     status,
     evaluate,
+    cloze,
     generate,
     serve,
     route,
