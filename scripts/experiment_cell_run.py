@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from dipaco.usage import hardware
+from scripts.experiment_cost import TEST
 from scripts.experiment_measurement import UNREADABLE, no_number
 from scripts.experiment_plan import Cell
-from scripts.experiment_work import Work, environment
+from scripts.experiment_work import CLOZE, Work, environment
 
 ROOT = Path(__file__).resolve().parent.parent
 DIPACO = (sys.executable, "-m", "dipaco")
@@ -51,6 +52,9 @@ class CellRun:
         if step == "run":
             words = ["run", str(self.work.prepare(self.cell)), "--workers", str(self.hands.workers)]
             words += ["--run-dir", str(self.work.run_dir(self.cell))]
+        elif step == CLOZE:
+            assert self.cell.cloze is not None
+            words = ["cloze", str(self.work.run_dir(self.cell)), *self.cell.cloze.words(TEST, self.cell.routes)]
         else:
             words = ["evaluate", str(self.work.run_dir(self.cell)), "--split", step]
             words += [word for route in self.cell.routes for word in ("--route", route)]
@@ -77,6 +81,8 @@ class CellRun:
             raise CellFailed(f"{step} ended with code {code}: {self.last_words() or 'it said nothing'}")
         if step == "run":
             self.work.finished_run(self.cell, self._described())
+        elif step == CLOZE:
+            self.work.finished_cloze(self.cell, self._written(step))
         else:
             self.work.finished_split(self.cell, step, self._written(step))
         del self.left[0]

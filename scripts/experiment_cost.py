@@ -6,8 +6,10 @@ import math
 from collections.abc import Iterable
 
 from configs.schema import CorpusConfig, Experiment
+from dipaco.cloze_items import ENDINGS
 from model.layout import num_parameters
 from model.topology import Topology
+from scripts.experiment_cloze import Cloze
 from scripts.experiment_table import Cost
 
 VALIDATION, TEST = "validation", "test"
@@ -39,6 +41,23 @@ def core_seconds(cost: Cost, frozen: Experiment, experiment: Experiment, splits:
         looked_at += experiment.phases // stopping.every * files["stop"] * (stopping.max_sequences or 0)
     assigned = len(experiment.reshards) + (experiment.sharding.kind not in ("all", "random"))
     return cost.other_s + cost.assign_s * assigned + step_s * (steps + looked_at / experiment.inner.batch_rows / 3)
+
+
+def cloze_seconds(cost: Cost, frozen: Experiment, experiment: Experiment, cloze: Cloze | None) -> float:
+    """The same of the cloze, where there is one: every ending is read behind its context and behind BOS.
+
+    By the base, by every baseline and, of a mixture, by two paths an item, whose contexts are read by all.
+    """
+    if cloze is None:
+        return 0.0
+    num_paths = Topology.from_config(experiment.topology).num_paths
+    models = 1 + len(experiment.baselines)
+    versions = 1 if experiment.early_stopping is None else 2
+    answering = models + versions * min(num_paths, 2)
+    tokens = answering * ENDINGS * (cloze.form.length + 1 + cloze.ending_tokens)
+    tokens += versions * num_paths * cloze.context_tokens if num_paths > 1 else 0
+    step_tokens = experiment.inner.batch_rows * experiment.model.sequence_length
+    return cost.step_s * _work(experiment) / _work(frozen) * cloze.items * tokens / step_tokens / 3
 
 
 def _files(cost: Cost, corpus: CorpusConfig, split: str) -> int:

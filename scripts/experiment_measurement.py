@@ -19,6 +19,7 @@ from coordinator.plan import BASE, MIXTURE
 from coordinator.snapshot import RunSnapshot
 from model.layout import num_parameters
 from model.topology import Topology
+from scripts.experiment_cloze import FoundCloze
 from scripts.experiment_table import DIPACO, MIXTURES, RANDOM, UNROUTED
 
 _FIXED = "path:"
@@ -43,7 +44,7 @@ def asked(routes: Iterable[str], experiment: Experiment) -> list[str]:
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """A finished run: `run` as `describe` gives it, `found` by split as `dipaco evaluate --json` does.
+    """A finished run: `run` as `describe` gives it, `found` by split as `dipaco evaluate --json` does, its `cloze`.
 
     `no_number`: why its training has none, empty where it has; of `run` only the `hardware` is known then.
     """
@@ -51,6 +52,7 @@ class Measurement:
     run: Mapping[str, Any]
     found: Mapping[str, Mapping[str, Any]]
     no_number: str = ""
+    cloze: FoundCloze | None = None
 
     def holds(self, split: str, routes: Iterable[str]) -> bool:
         """Whether all of these routes (in evaluate's own names) were asked for on a split, or have no answer."""

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from scripts.experiment_cloze_page import cloze_domain_lines, cloze_lines, cloze_words
 from scripts.experiment_plan import Cell, TablePlan
 from scripts.experiment_results import ResultRow, only, paired_ratio, spread_of
 from scripts.experiment_table import BASE_BUDGET, Row, configured
@@ -65,7 +66,7 @@ def _section(section: Section) -> list[str]:
     table = section.plan.table
     lines = [f"## {table.title}", "", _what(section), ""]
     lines += _rows(section)
-    parts = (_bytes, _headline, _routes, _rates, _shards, _missing)
+    parts = (_bytes, _headline, _routes, _cloze, _rates, _shards, _missing)
     for part in (each(section) for each in parts):
         lines += ["", *part] if part else []
     if section.picture:
@@ -179,6 +180,16 @@ def _routes(section: Section) -> list[str]:
         body[-1] += [_text(rows, "bits_per_byte", ".4f"), _text(rows, "validation_perplexity", ".2f")]
     head = ["route", "test perplexity", "ratio", "bits per byte", "validation"]
     return [f"Routes of `{chosen.value}`:", "", *_table(head, body)]
+
+
+def _cloze(section: Section) -> list[str]:
+    """Every row, then the compared ones by domain."""
+    lines = cloze_words(section.plan, section.rows)
+    for head, *body in filter(
+        None, (cloze_lines(section.plan, section.rows), cloze_domain_lines(section.plan, section.rows))
+    ):
+        lines += ["", *_table(head, body)]
+    return lines
 
 
 def _rates(section: Section) -> list[str]:

@@ -40,8 +40,8 @@ from scripts.experiment_results import (  # noqa: E402
     result_rows,
 )
 from scripts.experiment_runner import carry_out  # noqa: E402
-from scripts.experiment_table import load_table  # noqa: E402
-from scripts.experiment_work import Work, WorkInUse, data_digest  # noqa: E402
+from scripts.experiment_table import Table, load_table  # noqa: E402
+from scripts.experiment_work import CLOZE, Work, WorkInUse, data_digest  # noqa: E402
 
 
 def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
@@ -70,6 +70,7 @@ class Experiment:
 
     def __init__(self, tables: Sequence[Path], data: Path | None, work: Work, only: Sequence[str]) -> None:
         loaded = [load_table(path) for path in tables]
+        _check_one_cloze(loaded)
         names = sorted({row.name for table in loaded for row in table.rows})
         for name in only:
             if name not in names:
@@ -96,6 +97,17 @@ class Experiment:
         return list(found.values())
 
 
+def _check_one_cloze(tables: Sequence[Table]) -> None:
+    """Raises InvalidConfig where tables ask for two: they may share cells, of which each has one."""
+    asking = [table for table in tables if table.cloze is not None]
+    for table in asking:
+        if table.cloze != asking[0].cloze:
+            raise InvalidConfig(
+                f"tables {asking[0].name} and {table.name} ask for another cloze each ({asking[0].cloze} and "
+                f"{table.cloze}); give both the same, or one table at a time"
+            )
+
+
 def listed(cells: Sequence[Cell], work: Work) -> list[dict[str, Any]]:
     """The cells as --list shows them."""
     return [
@@ -105,6 +117,7 @@ def listed(cells: Sequence[Cell], work: Work) -> list[dict[str, Any]]:
             "budget": cell.budget,
             "learning_rate": cell.learning_rate,
             "core_s": round(cell.core_s),
+            "core_s_left": round(work.core_s_left(cell)),
             "state": _state(cell, work),
             "digest": cell.digest,
         }
@@ -115,7 +128,10 @@ def listed(cells: Sequence[Cell], work: Work) -> list[dict[str, Any]]:
 def _state(cell: Cell, work: Work) -> str:
     if cell.provisional:
         return "waits for a choice"
-    if not work.left(cell):
+    left = work.left(cell)
+    if left == [CLOZE]:
+        return "without cloze"
+    if not left:
         known = work.measurement(cell.digest)
         return "no number" if known is not None and known.no_number else "finished"
     return "begun" if work.begun(cell) else "open"
@@ -128,7 +144,7 @@ def print_list(cells: Sequence[dict[str, Any]]) -> None:
         place = f"seed {cell['seed']}, {cell['budget']} budget, lr {cell['learning_rate']:g}"
         print(f"{number:3} {cell['core_s']:7,} core-s  {cell['state']:18}  {names} ({place})")
     total = sum(cell["core_s"] for cell in cells)
-    left = sum(cell["core_s"] for cell in cells if cell["state"] not in ("finished", "no number"))
+    left = sum(cell["core_s_left"] for cell in cells)
     print(
         f"{len(cells)} cells, {total:,} core-s by estimate: {duration(total / 2)} of two cores; "
         f"{duration(left / 2)} of it left"

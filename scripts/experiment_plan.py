@@ -15,7 +15,8 @@ from typing import Generic, TypeVar
 
 from configs.load import experiment_digest
 from configs.schema import Config
-from scripts.experiment_cost import TEST, VALIDATION, core_seconds
+from scripts.experiment_cloze import Cloze
+from scripts.experiment_cost import TEST, VALIDATION, cloze_seconds, core_seconds
 from scripts.experiment_measurement import Measurement, asked
 from scripts.experiment_table import BASE_BUDGET, Headline, Row, Table, configured, routes_of
 
@@ -35,7 +36,7 @@ class Choice(Generic[T]):
 @dataclass(frozen=True, slots=True)
 class Cell:
     """One run. `data` is the digest of what it reads, `rows` are its names as table/row, `routes` in the words of
-    `dipaco evaluate`, `splits` those to measure."""
+    `dipaco evaluate`, `splits` those to measure. `core_s` includes the `cloze_s` of its cloze on the test split."""
 
     digest: str
     config: Config
@@ -48,6 +49,8 @@ class Cell:
     splits: tuple[str, ...]
     core_s: float
     provisional: bool
+    cloze: Cloze | None = None
+    cloze_s: float = 0.0
 
     @property
     def name(self) -> str:
@@ -126,6 +129,9 @@ class TablePlan:
     def cell(self, row: Row, seed: int, budget: str, rate: Choice[float], splits: tuple[str, ...]) -> Cell:
         config, digest = self._config(row.name, seed, budget, rate.value)
         routes = tuple(asked(routes_of(self.table, row, config), config.experiment))
+        cost, frozen, experiment = self.table.cost, self.table.experiment, config.experiment
+        cloze = self.table.cloze if TEST in splits else None
+        cloze_s = cloze_seconds(cost, frozen, experiment, cloze)
         return Cell(
             digest=digest,
             config=config,
@@ -136,8 +142,10 @@ class TablePlan:
             learning_rate=rate.value,
             routes=routes,
             splits=splits,
-            core_s=core_seconds(self.table.cost, self.table.experiment, config.experiment, splits),
+            core_s=core_seconds(cost, frozen, experiment, splits) + cloze_s,
             provisional=not rate.made,
+            cloze=cloze,
+            cloze_s=cloze_s,
         )
 
     def reported(self) -> Iterator[tuple[Row, Cell]]:
@@ -204,6 +212,8 @@ def merged(cells: Iterable[Cell]) -> list[Cell]:
                 routes=tuple(sorted(_union(known.routes, cell.routes))),
                 splits=_union(known.splits, cell.splits),
                 core_s=max(known.core_s, cell.core_s),
+                cloze=known.cloze or cell.cloze,
+                cloze_s=max(known.cloze_s, cell.cloze_s),
             )
     return list(found.values())
 

@@ -5,8 +5,9 @@ A result row has `table`, `row`, `levels`, `seed`, `budget`, `route`, `test_perp
 budget), `tokens` (trained on, the base's included), `learning_rate`, `parameters` (of all modules), `path_parameters`,
 `bytes_saved` (what exchanging every gradient would have moved, over what was moved by the whole run, early stopping
 included), `smallest_shard` and `least_used_path` (of the training tokens, of the test tokens: its share times their
-number), `config_digest`, `weights_digest`, `wall_s`, `no_number` (why training diverged), and `headline`: chosen on
-validation. A number that is none is null.
+number), `config_digest`, `weights_digest`, `wall_s`, `no_number` (why training diverged), `cloze_accuracy` and
+`cloze_gain_accuracy` with their standard errors, `cloze_by_domain` (both accuracies, by the route of comparison alone),
+`cloze_items` (their digest), and `headline`: chosen on validation. A number that is none is null.
 """
 
 from __future__ import annotations
@@ -19,8 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dipaco.cloze_score import KEYS
+from scripts.experiment_cloze import FoundCloze
 from scripts.experiment_cost import TEST, VALIDATION
-from scripts.experiment_measurement import Measurement
+from scripts.experiment_measurement import Measurement, asked
 from scripts.experiment_plan import Cell, TablePlan
 from scripts.experiment_table import DIPACO, MIXTURES, Row, routes_of
 
@@ -39,6 +42,7 @@ _OF_A_RUN = (
     "weights_digest",
 )
 _SHOWN = 8
+CLOZE_KEYS = tuple(f"cloze_{key}" for key in KEYS)
 
 
 class WouldBeLost(ValueError):
@@ -131,10 +135,28 @@ def _result(
         "bits_per_byte": known.bits_per_byte(TEST, row.model, route),
         "ratio_to_dense": test / dense if test and dense else None,
         "learning_rate": cell.learning_rate,
+        **_cloze(plan, row, cell, route, known.cloze),
         **(dict.fromkeys(_OF_A_RUN) if known.no_number else _of_a_run(known, row, route)),
         "no_number": known.no_number or None,
         "headline": headline,
     }
+
+
+def _cloze(plan: TablePlan, row: Row, cell: Cell, route: str, found: FoundCloze | None) -> ResultRow:
+    """What a result row says of the table's cloze; nulls where it was not asked yet, or has no answer by the route."""
+    result: ResultRow = dict.fromkeys((*CLOZE_KEYS, "cloze_by_domain", "cloze_items"))
+    cloze = plan.table.cloze
+    if cloze is None or found is None or not found.answers(cloze, TEST, []):
+        return result
+    routes = asked([route], cell.config.experiment)
+    numbers = found.numbers(row.model, routes)
+    if numbers is None:
+        return result
+    result |= {f"cloze_{key}": value for key, value in numbers.items()} | {"cloze_items": found.items_digest}
+    if route == routes_of(plan.table, row, cell.config)[0]:
+        domains = found.by_domain(row.model, routes).items()
+        result["cloze_by_domain"] = {each: [part["accuracy"], part["gain_accuracy"]] for each, part in domains}
+    return result
 
 
 def _of_a_run(known: Measurement, row: Row, route: str) -> ResultRow:
@@ -164,6 +186,14 @@ def spread_of(rows: Iterable[ResultRow], key: str) -> Spread | None:
 def only(rows: Iterable[ResultRow], **wanted: Any) -> list[ResultRow]:
     """The rows in which every named key has the wanted value."""
     return [row for row in rows if all(row[key] == value for key, value in wanted.items())]
+
+
+def paired_difference(rows: Sequence[ResultRow], others: Sequence[ResultRow], key: str) -> Spread | None:
+    """A number less that of another row, seed by seed; None where no seed has both."""
+    of_seed = {row["seed"]: row[key] for row in others}
+    pairs = [(row[key], of_seed.get(row["seed"])) for row in rows]
+    differences = [mine - other for mine, other in pairs if mine is not None and other is not None]
+    return Spread.of(differences) if differences else None
 
 
 def paired_ratio(rows: Sequence[ResultRow], others: Sequence[ResultRow]) -> Spread | None:

@@ -1,4 +1,4 @@
-"""Carries out cells by the commands a person would give: `dipaco run`, then `dipaco evaluate` for each split.
+"""Carries out cells by the commands a person would give: `dipaco run`, then `dipaco evaluate` and `dipaco cloze`.
 
 Whatever ends it, no finished step is lost: a run continues where it was, and an evaluation is begun again. A cell that
 fails is tried again by the next call; one whose training diverged is not.
@@ -129,7 +129,7 @@ class Pace:
 
     def left(self, cells: list[Cell], work: Work) -> str:
         """In words; a cell counts as a whole until it is finished."""
-        core_s = sum(cell.core_s for cell in cells if work.left(cell))
+        core_s = sum(map(work.core_s_left, cells))
         wall_per_core_s = self._wall_s / self._core_s if self._core_s else 1.0 / self._hands.workers
         known = "" if self._core_s else ", by estimate"
         return f"about {duration(core_s * wall_per_core_s / self._hands.at_once)} left{known}"

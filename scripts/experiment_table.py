@@ -17,7 +17,9 @@ from configs.load import InvalidConfig, mapping_in, text_of
 from configs.routes import UnknownRoute, parse_route, route_name
 from configs.schema import Config, Experiment
 from configs.section import Section
+from dipaco.ending import Refused
 from model.topology import Topology
+from scripts.experiment_cloze import Cloze
 
 BASE_BUDGET = "base"
 DIPACO, BEST = "dipaco", "dipaco-best"
@@ -100,7 +102,7 @@ class Cost(Section):
 
 
 class Table(Section):
-    """A table; `reference` is the row whose perplexity the ratios are of."""
+    """A table; `reference` is the row whose perplexity the ratios are of. Without `cloze` none is measured."""
 
     name: Name
     title: str
@@ -113,6 +115,7 @@ class Table(Section):
     tune: Tune | None = None
     budgets: dict[Name, Budget] = Field(default_factory=dict)
     headline: Headline | None = None
+    cloze: Cloze | None = None
     cost: Cost
 
     def row(self, name: str) -> Row:
@@ -210,6 +213,11 @@ def _whole(count: int, factor: float, what: str) -> int:
 
 def _check(table: Table) -> None:
     """Build every row at every budget that it may be run at, and hold its routes against what it has."""
+    if table.cloze is not None:
+        try:
+            table.cloze.form.check(table.experiment.sharding.prefix_tokens, table.experiment.model.sequence_length)
+        except Refused as error:
+            raise InvalidConfig(f"cloze: {error}") from None
     headline = table.headline
     scaled = {*headline.candidates, *headline.references} if headline else set()
     for row in table.rows:

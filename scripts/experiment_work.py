@@ -1,9 +1,9 @@
 """The folder in which the cells of the experiment are kept: one folder a digest, finished steps are not done again.
 
 WORK/<digest>/ holds `config.yaml`, `identity.json`, the run directory `run`, what was written by its commands, and once
-they are finished `run.json`, `validation.json` and `test.json`, or `no-number.json` where training diverged; those are
-written whole or not at all, and one that is damaged counts as not there. Where the schema has got a key since, a cell
-is still known by its configuration: as for a run that is resumed, a missing key has its default.
+they are finished `run.json`, `validation.json`, `test.json` and `cloze.json`, or `no-number.json` where training
+diverged; those are written whole or not at all, and one that is damaged counts as not there. Where the schema has got
+a key since, a cell is still known by its configuration: as for a run that is resumed, a missing key has its default.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from typing import Any
 from configs.load import NUMERICS_VERSION, InvalidConfig, load_config, to_yaml
 from configs.schema import Experiment, FilesSource
 from model.store import write_whole
+from scripts.experiment_cloze import FoundCloze
+from scripts.experiment_cost import TEST
 from scripts.experiment_measurement import Measurement
 from scripts.experiment_plan import Cell, cell_digest
 from scripts.experiment_table import Table
@@ -29,6 +31,7 @@ from scripts.experiment_table import Table
 _DIGITS = 16
 _RUN = "run"
 _NO_NUMBER = "no-number"
+CLOZE = "cloze"
 Json = dict[str, Any]
 
 
@@ -54,7 +57,12 @@ class Work:
             if run is None:
                 return None
             found = {split: _read(self._file(digest, split)) for split in ("validation", "test")}
-            self._known[digest] = Measurement(run, {split: each for split, each in found.items() if each is not None})
+            cloze = _read(self._file(digest, CLOZE))
+            self._known[digest] = Measurement(
+                run,
+                {split: each for split, each in found.items() if each is not None},
+                cloze=None if cloze is None else FoundCloze(cloze),
+            )
         return self._known[digest]
 
     @contextmanager
@@ -97,11 +105,21 @@ class Work:
         return folder / "config.yaml"
 
     def left(self, cell: Cell) -> list[str]:
-        """The steps of a cell that are not finished, in order: `run`, then the splits to evaluate."""
+        """The steps of a cell that are not finished, in order: `run`, the splits to evaluate, `cloze`."""
         known = self.measurement(cell.digest)
+        asked = [] if cell.cloze is None else [CLOZE]
         if known is None:
-            return [_RUN, *cell.splits]
-        return [split for split in cell.splits if not known.holds(split, cell.routes)]
+            return [_RUN, *cell.splits, *asked]
+        left = [split for split in cell.splits if not known.holds(split, cell.routes)]
+        answered = known.no_number or cell.cloze is None
+        if not answered and known.cloze is not None and cell.cloze is not None:
+            answered = known.cloze.answers(cell.cloze, TEST, cell.routes)
+        return left if answered else [*left, CLOZE]
+
+    def core_s_left(self, cell: Cell) -> float:
+        """What a cell may still take: all of it until it is finished but for its cloze."""
+        left = self.left(cell)
+        return 0.0 if not left else cell.cloze_s if left == [CLOZE] else cell.core_s
 
     def begun(self, cell: Cell) -> bool:
         return self.run_dir(cell).is_dir()
@@ -119,6 +137,11 @@ class Work:
     def finished_split(self, cell: Cell, split: str, found: Json) -> None:
         """Keep an evaluation, with the routes that were asked for."""
         self._write(cell.digest, split, {**found, "asked": list(cell.routes)})
+
+    def finished_cloze(self, cell: Cell, found: Json) -> None:
+        """Keep a cloze, with what was asked for."""
+        assert cell.cloze is not None
+        self._write(cell.digest, CLOZE, FoundCloze.kept(found, cell.cloze.asked(TEST, cell.routes)))
 
     def _file(self, digest: str, name: str) -> Path:
         return self.folder(digest) / f"{name}.json"

@@ -103,3 +103,9 @@ def test_data_parallel_and_diloco_read_the_same_number_of_rows() -> None:
         assert experiment.total_steps * experiment.inner.batch_rows * shards == 3000 * 32
         assert experiment.phases >= 12
         assert routes_of(table, row, config) == ("none",)
+
+
+def test_all_tables_ask_for_one_cloze() -> None:
+    asked = [load_table(path).cloze for path in FILES]
+    assert asked[0] is not None
+    assert all(each == asked[0] for each in asked)

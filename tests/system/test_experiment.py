@@ -27,6 +27,7 @@ def small_table() -> dict[str, Any]:
     del table["tune"], table["headline"], table["budgets"]
     table["seeds"] = [0]
     table["experiment"]["evaluation"]["max_sequences"] = 40
+    table["cloze"] = {"items": 24, "context_tokens": 32, "ending_tokens": 8}
     table["rows"] = [
         {"name": "dense", "label": "dense", "compute": "1x", "overrides": DENSE},
         {"name": "inside", "label": "dense inside", "compute": "1x", "overrides": INSIDE, "model": "dense"},
@@ -76,6 +77,9 @@ def test_a_table_from_nothing_to_results_with_a_stop_between(command: list[str],
     assert kmeans["smallest_shard"] > 0
     # Plain training through the system is plain training, bit for bit: alone or beside a mixture.
     assert dense["test_perplexity"] == inside["test_perplexity"]
+    assert 0 < dense["cloze_accuracy"] == inside["cloze_accuracy"] < 1
+    assert dense["cloze_items"] == inside["cloze_items"] == kmeans["cloze_items"]
+    assert kmeans["cloze_by_domain"].keys() == {"recipe", "code", "law", "numbers"}
     assert "Every cell of this table is finished." in (tmp_path / "out" / "results.md").read_text(encoding="utf-8")
     again = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert again.returncode == 0
