@@ -6,6 +6,7 @@ import typer
 
 from dipaco.commands.backup import backup
 from dipaco.commands.certs import certs
+from dipaco.commands.chat import chat
 from dipaco.commands.cloze import cloze
 from dipaco.commands.coordinator import coordinator
 from dipaco.commands.corpus import corpus
@@ -36,6 +37,7 @@ for command in (
     evaluate,
     cloze,
     generate,
+    chat,
     serve,
     route,
     digest,

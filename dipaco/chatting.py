@@ -1,0 +1,33 @@
+"""A conversation with a base model: plain lines, with `User:` and `Assistant:` before the turns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+TURN_ENDS = ("\nUser:", "\nAssistant:")
+OPENING = "A conversation between a user and an assistant.\n"
+
+
+@dataclass
+class Conversation:
+    """Turns so far. The prompt of the next answer holds as many of the newest turns as fit into `max_tokens`."""
+
+    opening: str = OPENING
+    turns: list[tuple[str, str]] = field(default_factory=list)
+
+    def prompt(self, said: str, fits: int | None = None) -> str:
+        """The text that the model continues to answer `said`; `fits`: with so many of the newest turns (None: all)."""
+        kept = self.turns if fits is None else self.turns[len(self.turns) - fits :]
+        lines = [f"User: {asked}\nAssistant: {answered}" for asked, answered in kept]
+        return "\n".join([self.opening.rstrip("\n"), *lines, f"User: {said}", "Assistant:"])
+
+    def prompt_within(self, said: str, max_tokens: int, count: Callable[[str], int]) -> str:
+        """The same with the most turns whose text has at most so many tokens, as `count` tells."""
+        for fits in range(len(self.turns), 0, -1):
+            if count(prompt := self.prompt(said, fits)) <= max_tokens:
+                return prompt
+        return self.prompt(said, 0)
+
+    def add(self, said: str, answered: str) -> None:
+        self.turns.append((said, answered.strip()))
