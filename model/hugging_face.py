@@ -52,14 +52,15 @@ def export_path(
     vocab_size: int,
     tensors: Mapping[str, np.ndarray],
     tokenizer: CheckpointTokenizer | None = None,
-) -> None:
+) -> str:
     """Write a path (`model.path.compose`) as a checkpoint directory: configuration, one file of weights, tokenizer.
 
-    The weights are in the one form of `model.tensor_file`, without metadata: transformers reads that from 4.48 on.
+    Returns the SHA-256 of the weights. The weights are in the one form of `model.tensor_file`, without metadata:
+    transformers reads that from 4.48 on.
     """
     directory.mkdir(parents=True, exist_ok=True)
     write_configuration(directory, checkpoint_config(model, vocab_size), model.sequence_length, tokenizer)
-    tensor_file.write(directory / WEIGHTS, tensors)
+    return tensor_file.write(directory / WEIGHTS, tensors)[0]
 
 
 def export_modules(

@@ -217,6 +217,7 @@ FLAGS = {
     },
     "route": {"--text", "--file", "--data", "--every", "--oracle", "--sample", "--version", "--json"},
     "digest": {"--all", "--json"},
+    "export": {"--path", "--all", "--router", "--format", "--version", "--overwrite", "--json"},
     "backup": {"--json"},
     "corpus": {"--samples", "--domain", "--json"},
     "simulate": {

@@ -12,6 +12,7 @@ from dipaco.commands.coordinator import coordinator
 from dipaco.commands.corpus import corpus
 from dipaco.commands.digest import digest
 from dipaco.commands.evaluate import evaluate
+from dipaco.commands.export import export
 from dipaco.commands.generate import generate
 from dipaco.commands.route import route
 from dipaco.commands.run import run
@@ -42,6 +43,7 @@ for command in (
     route,
     digest,
     corpus,
+    export,
     simulate,
     backup,
 ):

@@ -49,12 +49,14 @@ def generate(
     1.0 (of two levels: module 1, then module 0) wrote, after a later look of the router (--every). The line below says
     how fast it was, and by which paths.
 
-    Without a prompt it continues one example of every kind of text in the embedded corpus.
+    Without a prompt it continues one example of every kind of text in the embedded corpus. RUN may be a folder that
+    `dipaco export` made, which needs nothing of its run.
     """
     from coordinator.snapshot import RunSnapshot
     from dipaco.early_stopping import version_named
     from dipaco.ending import Refused
     from dipaco.examples import EXAMPLE_PROMPTS, Wish, continuations, writings
+    from dipaco.exported import is_exported, opened
     from dipaco.reading import read_text
     from inference.sampling import Sampling
 
@@ -69,6 +71,14 @@ def generate(
     wish = Wish(tokens, sampling, every=every, path=path, version=version_named(version or "last"), stop=ends)
     if route is not None:
         wish = wish.routed(route)
+    if is_exported(run):
+        if version is not None:
+            raise Refused("an exported folder has the version that it was exported with; leave --version out")
+        with opened(run) as exported:
+            _show(exported.continuations(prompts, wish), as_json)
+            for named in {named for prompt in prompts if (named := exported.elsewhere(prompt))}:
+                typer.echo(f"the router names path {named}, which this folder does not hold", err=True)
+        return
     with RunSnapshot.held(run) as snapshot:
         if as_json:
             _show(continuations(snapshot, prompts, wish), as_json)
