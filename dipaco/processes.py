@@ -121,6 +121,7 @@ class LocalRun:
     program: Sequence[str] = DIPACO
     execution: Execution = field(default_factory=Execution)
     verify: bool = False
+    reuse: Path | None = None
     coordinator: Child = field(init=False)
     workers: list[Child] = field(init=False, default_factory=list)
     address: str = ""
@@ -167,7 +168,8 @@ class LocalRun:
         cache = str(self.run_dir / "workers" / str(index))
         shares = ["--threads", str(self.threads), "--memory-bytes", str(self.worker_memory_bytes)]
         trust = [] if self.join is None else ["--join", str(self.join)]
-        return ["worker", address, "--cache-dir", cache, "--name", f"worker-{index}", *shares, *trust]
+        reuse = [] if self.reuse is None else ["--reuse", str(self.reuse)]
+        return ["worker", address, "--cache-dir", cache, "--name", f"worker-{index}", *shares, *trust, *reuse]
 
     def watch(self) -> bool:
         """Restart what a signal took away; True once the coordinator has ended well: the run is finished.

@@ -51,7 +51,7 @@ class CellRun:
         folder, step = self.work.folder(self.cell.digest), self.left[0]
         if step == "run":
             words = ["run", str(self.work.prepare(self.cell)), "--workers", str(self.hands.workers)]
-            words += ["--run-dir", str(self.work.run_dir(self.cell))]
+            words += ["--run-dir", str(self.work.run_dir(self.cell)), "--reuse", str(self.work.reuse)]
         elif step == CLOZE:
             assert self.cell.cloze is not None
             words = ["cloze", str(self.work.run_dir(self.cell)), *self.cell.cloze.words(TEST, self.cell.routes)]

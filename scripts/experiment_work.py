@@ -93,6 +93,11 @@ class Work:
                     found[cell_digest(config, str(identity.get("data")))] = file.parent
         return found
 
+    @property
+    def reuse(self) -> Path:
+        """Where results of tasks are kept that several cells share, such as their base and its shards."""
+        return self.root / "tasks"
+
     def run_dir(self, cell: Cell) -> Path:
         return self.folder(cell.digest) / _RUN
 

@@ -99,9 +99,9 @@ class Played:
 
 
 @asynccontextmanager
-async def played(config: Config, run_dir: Path) -> AsyncIterator[Played]:
+async def played(config: Config, run_dir: Path, kind: type[Played] = Played) -> AsyncIterator[Played]:
     """Opened, watched over, and closed at the end; what broke in it is raised."""
-    run = Played(config, run_dir)
+    run = kind(config, run_dir)
     run.coordinator.open()
     watch = asyncio.create_task(run.coordinator.tick())
     run.worker_id = await run.hello()

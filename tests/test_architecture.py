@@ -146,11 +146,12 @@ def test_help_loads_nothing_heavy() -> None:
 
 
 FLAGS = {
-    "run": {"--workers", "--run-dir", "--verify", "--json"},
+    "run": {"--workers", "--run-dir", "--reuse", "--verify", "--json"},
     "coordinator": {"--run-dir", "--listen", "--insecure", "--verify", "--parent", "--log"},
     "worker": {
         "--join",
         "--cache-dir",
+        "--reuse",
         "--threads",
         "--memory-bytes",
         "--grace-s",

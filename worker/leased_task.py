@@ -21,6 +21,7 @@ from worker.checkpoints import CHECKPOINT, Checkpoints
 from worker.client import Lease, Pulse
 from worker.departure import Departure, Leave
 from worker.heartbeat import Heartbeat, Say
+from worker.memo import Memo, memo_key
 from worker.outcome import HandedBack, TaskOutcome, TaskStopped
 from worker.pace import Pace
 from worker.side_line import SideLine
@@ -40,13 +41,15 @@ CHECKPOINT_PATIENCE_S = 20.0
 
 @dataclass(frozen=True, slots=True)
 class Joined:
-    """What the worker knows of the run it has joined."""
+    """What the worker knows of the run it has joined, and what it keeps on this machine."""
 
     worker_id: str
     experiment: Experiment
     heartbeat_s: float
     cache: BlobCache
     pace: Pace | None
+    fingerprint: str = ""
+    memo: Memo | None = None
 
 
 class OutdatedSpec(Exception):
@@ -89,6 +92,29 @@ class LeasedTask:
 
     def _do(self, out_dir: Path, connect: Connect) -> None:
         begin = time.monotonic()
+        memo, key = self._joined.memo, None
+        if memo is not None:
+            key = memo_key(self._spec, self._joined.experiment, self._joined.fingerprint)
+        outcome = memo.recall(key, out_dir) if memo and key else None
+        fetched: dict[str, int] = {}
+        if outcome is None:
+            outcome, fetched = self._compute(out_dir, connect)
+            if memo and key:
+                memo.remember(key, outcome)
+        else:
+            self._say(f"{self._lease.task_id}: computed before, taken from what is kept here")
+        sent = sum(self._upload(name, outcome) for name in sorted(outcome.files))
+        result = outcome.result.model_copy(update={"fetched_bytes": fetched})
+        self._client.complete(*self._key, result)
+        self._keep(outcome)
+        self._say(
+            f"{self._lease.task_id}: done in {time.monotonic() - begin:.1f} s"
+            + (f", loss {result.loss_sum / result.tokens:.4f}" if result.loss_sum and result.tokens else "")
+            + f", {sum(fetched.values()) / 1e6:.1f} MB in, {sent / 1e6:.1f} MB out"
+        )
+
+    def _compute(self, out_dir: Path, connect: Connect) -> tuple[TaskOutcome, dict[str, int]]:
+        """What the task comes to, and the bytes that were fetched for it by what they were."""
         resume = self._spec.resume if isinstance(self._spec, TrainSpec) else None
         self._say(f"{self._lease.task_id}: {f'goes on after step {resume.steps}' if resume else 'started'}")
         files, fetched = self._fetch()
@@ -100,15 +126,7 @@ class LeasedTask:
             checkpoints.end()
             side.close()
             checkpoints.wait(LET_GO_S)
-        sent = sum(self._upload(name, outcome) for name in sorted(outcome.files))
-        result = outcome.result.model_copy(update={"fetched_bytes": fetched})
-        self._client.complete(*self._key, result)
-        self._keep(outcome)
-        self._say(
-            f"{self._lease.task_id}: done in {time.monotonic() - begin:.1f} s"
-            + (f", loss {result.loss_sum / result.tokens:.4f}" if result.loss_sum and result.tokens else "")
-            + f", {sum(fetched.values()) / 1e6:.1f} MB in, {sent / 1e6:.1f} MB out"
-        )
+        return outcome, fetched
 
     def _fetch(self) -> tuple[dict[str, Path], dict[str, int]]:
         """The inputs as local files by digest, and the bytes that came over the wire by what they were."""

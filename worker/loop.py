@@ -23,6 +23,7 @@ from worker.client import WorkerClient
 from worker.departure import Departure, Leave
 from worker.heartbeat import Say
 from worker.leased_task import FAREWELL_S, Joined, LeasedTask
+from worker.memo import Memo
 from worker.pace import Pace
 from worker.probe import capabilities
 from worker.workspace import Workspace
@@ -49,6 +50,7 @@ def run_worker(
     insecure: bool = False,
     say: Say = say_with_time,
     grace_s: float | None = None,
+    reuse: Path | None = None,
 ) -> int:
     """Work for the coordinator at `address` until its run is finished or a signal comes; returns the exit code, 0.
 
@@ -62,7 +64,7 @@ def run_worker(
         return WorkerClient(target, credentials, insecure=insecure, patience_s=patience_s, say=say)
 
     worker_name = name or f"{socket.gethostname()}:{os.getpid()}"
-    return Worker(connect, cache_dir, worker_name, capabilities(threads, memory_bytes), say, grace_s).run()
+    return Worker(connect, cache_dir, worker_name, capabilities(threads, memory_bytes), say, grace_s, reuse).run()
 
 
 class Worker:
@@ -76,10 +78,14 @@ class Worker:
         offers: Capabilities,
         say: Say,
         grace_s: float | None = None,
+        reuse: Path | None = None,
     ) -> None:
-        """`grace_s`: what this machine leaves a worker that must go; None: execution.grace_s of the run."""
+        """`grace_s`: what this machine leaves a worker that must go; None: execution.grace_s of the run.
+
+        `reuse`: where results of tasks are kept, and taken from.
+        """
         self._connect, self._cache_dir, self._name, self._offers, self._say = connect, cache_dir, name, offers, say
-        self._grace_s = grace_s
+        self._grace_s, self._reuse = grace_s, reuse
         self._client = connect(None)
         self._workspace = Workspace(cache_dir / "outputs")
         self.departure = Departure(self._client.close)
@@ -115,7 +121,8 @@ class Worker:
         execution, beat_s = config.execution, welcome.heartbeat_s
         self.departure.grace_s = execution.grace_s if self._grace_s is None else self._grace_s
         pace = Pace(least_s=beat_s / 2) if execution.checkpoints else None
-        return Joined(welcome.worker_id, config.experiment, beat_s, cache, pace)
+        memo = None if self._reuse is None else Memo(self._reuse, execution.cache_bytes)
+        return Joined(welcome.worker_id, config.experiment, beat_s, cache, pace, self._offers.fingerprint, memo)
 
     def _work(self, joined: Joined) -> None:
         """Lease and run tasks until the run is finished; raises Leave."""

@@ -21,6 +21,13 @@ Insecure = Annotated[
     bool,
     typer.Option("--insecure", help="No TLS and no token, even off loopback: anyone who can connect can take part."),
 ]
+Reuse = Annotated[
+    Path | None,
+    typer.Option(
+        help="Folder that keeps results of tasks: one that was computed before, in this run or in another that shares "
+        "its beginning, is not computed again. At most execution.cache_bytes; may be shared, and deleted."
+    ),
+]
 Verify = Annotated[
     bool, typer.Option("--verify", help="Before it goes on, read every blob again and hold it against its digest.")
 ]

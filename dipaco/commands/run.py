@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dipaco.commands.options import ConfigFile, Json, RunDir, Verify
+from dipaco.commands.options import ConfigFile, Json, Reuse, RunDir, Verify
 
 if TYPE_CHECKING:
     from configs.schema import Config
@@ -20,6 +20,7 @@ def run(
         int | None, typer.Option(min=1, help="Worker processes to start here; one for each core it may use by default.")
     ] = None,
     run_dir: RunDir = None,
+    reuse: Reuse = None,
     verify: Verify = False,
     as_json: Json = False,
 ) -> None:
@@ -38,16 +39,19 @@ def run(
     count = workers or usable_cores()
     try:
         with no_room_at(directory):
-            _carry_out(config, loaded, directory, count, verify=verify, quiet=as_json)
+            _carry_out(config, loaded, directory, count, reuse=reuse, verify=verify, quiet=as_json)
     except Stopped:
         again = f"dipaco run {config} --workers {count}" + (f" --run-dir {run_dir}" if run_dir else "")
+        again += f" --reuse {reuse}" if reuse else ""
         say_wrong(f"stopped; nothing that was finished is lost, and `{again}` continues where it was")
         raise typer.Exit(UNFINISHED) from None
     with no_room_at(directory):
         _report(directory, as_json)
 
 
-def _carry_out(path: Path, config: Config, directory: Path, workers: int, *, verify: bool, quiet: bool) -> None:
+def _carry_out(
+    path: Path, config: Config, directory: Path, workers: int, *, reuse: Path | None, verify: bool, quiet: bool
+) -> None:
     import psutil
 
     from dipaco.asking import StatusSource
@@ -71,6 +75,7 @@ def _carry_out(path: Path, config: Config, directory: Path, workers: int, *, ver
         join=join,
         execution=config.execution,
         verify=verify,
+        reuse=None if reuse is None else reuse.expanduser().absolute(),
     )
     with StatusSource(local.join) as source:
         carry_out(local, shown, source.ask)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from dipaco.commands.options import Insecure, Log, Parent
+from dipaco.commands.options import Insecure, Log, Parent, Reuse
 
 
 def worker(
@@ -32,6 +32,7 @@ def worker(
         typer.Option(min=0, help="Seconds that this machine leaves after SIGTERM; execution.grace_s by default."),
     ] = None,
     name: Annotated[str | None, typer.Option(help="Name shown to people; host and process id by default.")] = None,
+    reuse: Reuse = None,
     insecure: Insecure = False,
     parent: Parent = None,
     log: Log = None,
@@ -60,5 +61,6 @@ def worker(
         memory_bytes=memory_bytes,
         insecure=insecure,
         grace_s=grace_s,
+        reuse=None if reuse is None else reuse.expanduser(),
     )
     raise typer.Exit(code)

@@ -1,0 +1,118 @@
+"""Results of tasks that were computed here before: a task is a pure function, so its outputs are as good as new.
+
+A task is known by all that decides its bits: its spec (blobs by digest), the parts of the configuration that its kind
+reads, the numerics version and the fingerprint class of the machine. Runs that share a beginning share its results.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from configs.load import NUMERICS_VERSION
+from configs.schema import Experiment
+from model.store import write_whole
+from protocol.tasks import BlobRef, FeaturizeSpec, PackSpec, TaskResult, TrainSpec
+from worker.cache import BlobCache, CacheTooSmall
+from worker.outcome import TaskOutcome
+from worker.task import AnySpec
+from worker.task_path import MIXTURE
+
+FORMAT = 1
+
+
+class NotKept(LookupError):
+    """An output that is not here any more."""
+
+
+def memo_key(spec: AnySpec, experiment: Experiment, fingerprint: str) -> str | None:
+    """SHA-256 of what decides the outputs of a task; None for one that goes on from somebody's checkpoint."""
+    if isinstance(spec, TrainSpec) and spec.resume is not None:
+        return None
+    content = {
+        "format": FORMAT,
+        "numerics": NUMERICS_VERSION,
+        "fingerprint": fingerprint,
+        "spec": spec.model_dump(mode="json", exclude={"required_bytes"}),
+        "experiment": decisive(spec, experiment),
+    }
+    canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def decisive(spec: AnySpec, experiment: Experiment) -> dict[str, Any]:
+    """What a task reads of the configuration, beside its spec."""
+    if isinstance(spec, PackSpec):
+        return {"sequence_length": experiment.model.sequence_length}
+    model = (spec.base if isinstance(spec, FeaturizeSpec) else spec.path).model
+    topology = experiment.topology
+    levels = [level.model_dump(mode="json") for level in topology.levels]
+    if model != MIXTURE:  # one path of the mixture's levels, whatever modules they offer
+        levels = [{**level, "modules": 1} for level in levels]
+    found: dict[str, Any] = {"model": experiment.model.model_dump(mode="json"), "levels": levels}
+    if isinstance(spec, TrainSpec):
+        found["inner"] = experiment.inner.model_dump(mode="json")
+        found["prefix_tokens"] = experiment.sharding.prefix_tokens
+        found["first_phase"] = experiment.first_phase(spec.phase) if model == MIXTURE else 0
+        found["paths"] = topology.num_paths if spec.objective == "router" else 0
+    return found
+
+
+class Memo:
+    """The results in one folder, which worker processes may share; those used longest ago go first."""
+
+    def __init__(self, root: Path, limit_bytes: int) -> None:
+        self._results = root / "results"
+        self._results.mkdir(parents=True, exist_ok=True)
+        self._blobs = BlobCache(root, limit_bytes)
+
+    def recall(self, key: str, out_dir: Path) -> TaskOutcome | None:
+        """The outcome, its files in `out_dir`; None where it, or a part of it, is not here any more."""
+        entry = self._results / key
+        try:
+            result = TaskResult.model_validate_json(entry.read_bytes())
+            files = {name: self._placed(blob, out_dir / name) for name, blob in result.outputs.items()}
+        except (FileNotFoundError, NotKept, CacheTooSmall, ValidationError):
+            entry.unlink(missing_ok=True)
+            return None
+        finally:
+            self._blobs.release_all()
+        return TaskOutcome(files, result)
+
+    def remember(self, key: str, outcome: TaskOutcome) -> None:
+        """Keep what was computed, if there is room; the files of the outcome stay where they are."""
+        if outcome.result.resumed_steps:
+            return
+        with suppress(OSError, ValueError):
+            scratch = self._blobs.scratch()
+            try:
+                copies = {name: _linked(path, scratch / name) for name, path in outcome.files.items()}
+                for name, copy in copies.items():
+                    self._blobs.adopt(copy, outcome.result.outputs[name])
+                write_whole(self._results / key, outcome.result.model_dump_json() + "\n")
+            finally:
+                shutil.rmtree(scratch, ignore_errors=True)
+
+    def _placed(self, blob: BlobRef, path: Path) -> Path:
+        held, _ = self._blobs.hold(blob, _not_kept)
+        return _linked(held, path)
+
+
+def _not_kept(digest: str, path: Path) -> int:
+    raise NotKept(f"blob {digest} is not kept")
+
+
+def _linked(source: Path, target: Path) -> Path:
+    """The same bytes under another name: by a link where the file system has them."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+    return target
