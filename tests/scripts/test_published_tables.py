@@ -82,10 +82,23 @@ def _is_dense(rows: tuple[str, ...]) -> bool:
 @pytest.mark.parametrize("name", ["2x2", "4x4"])
 def test_one_balanced_reshard_half_way(name: str) -> None:
     table = load(name)
-    for row in ("gater", "gater-best", "gater-overlap", "gater-path-specific"):
+    for row in ("gater", "gater-best", "gater-overlap"):
         experiment = configured(table, table.row(row), 0, BASE_BUDGET, None).experiment
         assert [stage.phases for stage in experiment.trains] == [6, 6]
+        assert [stage.kind for stage in experiment.gated] == ["reshard", "gater"]
         assert [stage.gater.capacity for stage in experiment.reshards] == [1.25]
+
+
+@pytest.mark.parametrize("name", ["2x2", "4x4"])
+def test_a_gater_of_the_final_paths_costs_no_other_training(name: str) -> None:
+    table = load(name)
+    plain, fitted = (
+        configured(table, table.row(row), 0, BASE_BUDGET, None).experiment for row in ("kmeans", "kmeans-gater")
+    )
+    assert fitted.stages[: len(plain.stages)] == plain.stages
+    assert plain.model_copy(update={"stages": fitted.stages}) == fitted.model_copy(
+        update={"evaluation": plain.evaluation}
+    )
 
 
 @pytest.mark.parametrize("name", ["2x2", "4x4"])
