@@ -93,7 +93,7 @@ class Engine:
                 f"the prompt has {len(request.prompt)} tokens, the model takes {sequence_length - 1}; "
                 "shorten it or let it slide"
             )
-        route = _Route(self._router_of(request), self._prefix_tokens, request)
+        route = Route(self._router_of(request), self._prefix_tokens, request)
         sampler = Sampler(request.sampling)
         context = self._paths.context()
         path_index = route.of(stream)
@@ -132,7 +132,7 @@ class Engine:
             context.restart(window([*context.tokens, token], sequence_length))
 
 
-class _Route:
+class Route:
     """The route of one generation: asks the router only where the grid says so."""
 
     def __init__(self, router: Router, prefix_tokens: int, request: Request) -> None:

@@ -40,8 +40,8 @@ class ModuleCache:
     """
 
     def __init__(self, store: BlobStore, budget_bytes: int, device: torch.device | str = "cpu") -> None:
-        self._store = store
-        self._budget_bytes = budget_bytes
+        self.store = store
+        self.budget_bytes = budget_bytes
         self._device = device
         self._modules: OrderedDict[str, dict[str, Tensor]] = OrderedDict()
         self._bytes = 0
@@ -59,9 +59,9 @@ class ModuleCache:
             self._modules.move_to_end(digest)
             return self._modules[digest]
         if digest not in self._verified:
-            verify_module(self._store, module_id, digest)
+            verify_module(self.store, module_id, digest)
             self._verified.add(digest)
-        views = tensor_file.read(self._store.path(digest), specs)
+        views = tensor_file.read(self.store.path(digest), specs)
         module = {name: torch.from_numpy(np.array(view)).to(self._device) for name, view in views.items()}
         self.reads += 1
         self._keep(digest, module)
@@ -69,9 +69,9 @@ class ModuleCache:
 
     def _keep(self, digest: str, module: dict[str, Tensor]) -> None:
         size = _num_bytes(module)
-        if size > self._budget_bytes:
+        if size > self.budget_bytes:
             return
-        while self._bytes + size > self._budget_bytes:
+        while self._bytes + size > self.budget_bytes:
             _, dropped = self._modules.popitem(last=False)
             self._bytes -= _num_bytes(dropped)
         self._modules[digest] = module

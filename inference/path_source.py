@@ -33,13 +33,18 @@ class PathSource:
         self.vocab_size = vocab_size
         self.topology = topology
         self._digests = [tuple(path) for path in digests]
-        self._cache = cache
-        self._device = device
+        self.cache = cache
+        self.device = device
         self._specs = [level_tensors(config, vocab_size, level) for level in topology.levels]
 
     def context(self) -> Context:
         """An empty context; `use` gives it its first path."""
-        return Context(self.config, self.vocab_size, self.topology, self._device)
+        return Context(self.config, self.vocab_size, self.topology, self.device)
+
+    def digests(self, path_index: int) -> tuple[str, ...]:
+        """Digests of the path's modules, one a level; raises UnknownPath."""
+        self.topology.module_indices(path_index)
+        return self._digests[path_index]
 
     def modules(self, path_index: int) -> tuple[tuple[str, ...], dict[str, Tensor]]:
         """(digests of the path's modules, all their tensors); raises UnknownPath and what ModuleCache does."""
@@ -47,5 +52,5 @@ class PathSource:
         digests = self._digests[path_index]
         tensors: dict[str, Tensor] = {}
         for module_id, digest, specs in zip(module_ids, digests, self._specs, strict=True):
-            tensors |= self._cache.get(module_id, digest, specs)
+            tensors |= self.cache.get(module_id, digest, specs)
         return digests, tensors

@@ -60,7 +60,8 @@ class ResidentModules:
             verify_module(self._store, module_id, digest)
             self._verified.add(digest)
         size = self.level_bytes[level]
-        self._make_room(size)
+        if size <= self.budget_bytes:
+            self._make_room(size)
         module = level_module(
             self._read(level, digest), self._specs[level], self.topology.levels[level], size, self.precision
         )
