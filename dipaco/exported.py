@@ -10,11 +10,14 @@ from pathlib import Path
 
 import numpy as np
 
+from configs.routes import Route
 from corpus.tokenizer import Tokenizer
 from dipaco.ending import Refused
-from dipaco.examples import CACHE_BYTES, Continuation, Wish, continued
+from dipaco.examples import CACHE_BYTES, Continuation, Desk, Wish, finished
 from dipaco.export_folder import MANIFEST, Manifest, read_manifest
+from dipaco.writing import Writing
 from inference.engine import Engine
+from inference.ensemble import Ensemble
 from inference.module_cache import DamagedModule, ModuleCache
 from inference.path_source import PathSource
 from model.checkpoint_files import TOKENIZER
@@ -42,18 +45,23 @@ class ExportedMixture:
     artefact: RouterArtefact | None
 
     def continuations(self, prompts: Sequence[str], wish: Wish) -> Iterator[Continuation]:
-        """Each prompt continued; raises Refused without a router where it takes one or a changed file, UnknownPath."""
+        """Each prompt continued; raises Refused without a router where it takes one, UnknownPath, UnknownRoute."""
+        return (finished(prompt, writing) for prompt, writing in self.writings(prompts, wish))
+
+    def writings(self, prompts: Sequence[str], wish: Wish) -> Iterator[tuple[str, Writing]]:
+        """Each prompt with its text, which is written while it is iterated; raises what `continuations` does."""
+        desk = self._desk(wish)
+        return ((prompt, desk.write(prompt, wish)) for prompt in prompts)
+
+    def _desk(self, wish: Wish) -> Desk:
         path = self._path(wish)
-        router = OnePath() if self.artefact is None else self.artefact.router
-        tokenizer = self.tokenizer
-        engine = Engine(self.source, router, self.prefix_tokens, bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id)
-        for prompt in prompts:
-            try:
-                yield continued(engine, tokenizer, self.path_ids.__getitem__, prompt, wish, path)
-            except (DamagedModule, UnknownBlob):
-                raise Refused(
-                    f"the weights in {self.folder} are not those that {MANIFEST} names; export the run again"
-                ) from None
+        router = OnePath() if self.artefact is None or path is not None else self.artefact.router
+        ends = (self.tokenizer.bos_id, self.tokenizer.eos_id)
+        engine: Engine | Ensemble = Engine(self.source, router, self.prefix_tokens, *ends)
+        if wish.ensemble > 1:
+            Route("ensemble", num_paths=wish.ensemble).check(len(self.path_ids))
+            engine = Ensemble(self.source, router, self.prefix_tokens, *ends, num_paths=wish.ensemble)
+        return Desk(engine, self.tokenizer, self.path_ids.__getitem__, path)
 
     def elsewhere(self, prompt: str) -> str | None:
         """The path that the router names for a prompt, where this export has no such path."""
@@ -80,9 +88,10 @@ class ExportedMixture:
 
 @contextmanager
 def opened(folder: Path) -> Iterator[ExportedMixture]:
-    """The exported folder, whose files stay where they are; every one is held against its digest before it is used.
+    """The exported folder, whose files stay where they are; weights are held against their digests when first read.
 
-    Raises Refused, IncompatibleCheckpoint, BadTokenizer, BadArtefact.
+    Raises Refused (in the block, too, where weights are missing or changed), IncompatibleCheckpoint, BadTokenizer,
+    BadArtefact.
     """
     manifest = _manifest(folder)
     folders = {path_id: folder / path.folder for path_id, path in manifest.paths.items()}
@@ -99,14 +108,19 @@ def opened(folder: Path) -> Iterator[ExportedMixture]:
                 if not store.path(digest).is_symlink():
                     store.path(digest).symlink_to((path_folder / name).resolve())
         digests = [[digest for _, digest in files] for files in weights]
-        yield ExportedMixture(
-            folder=folder,
-            source=PathSource(model, vocab_size, topology, digests, ModuleCache(store, CACHE_BYTES)),
-            path_ids=tuple(folders),
-            tokenizer=Tokenizer.from_file(first / TOKENIZER),
-            prefix_tokens=manifest.prefix_tokens,
-            artefact=None if router is None else RouterArtefact.open(folder / router),
-        )
+        try:
+            yield ExportedMixture(
+                folder=folder,
+                source=PathSource(model, vocab_size, topology, digests, ModuleCache(store, CACHE_BYTES)),
+                path_ids=tuple(folders),
+                tokenizer=Tokenizer.from_file(first / TOKENIZER),
+                prefix_tokens=manifest.prefix_tokens,
+                artefact=None if router is None else RouterArtefact.open(folder / router),
+            )
+        except (DamagedModule, UnknownBlob):
+            raise Refused(
+                f"the weights in {folder} are not those that its {MANIFEST} names; export the run again"
+            ) from None
 
 
 def _manifest(folder: Path) -> Manifest:

@@ -75,7 +75,10 @@ def generate(
         if version is not None:
             raise Refused("an exported folder has the version that it was exported with; leave --version out")
         with opened(run) as exported:
-            _show(exported.continuations(prompts, wish), as_json)
+            if as_json:
+                _show(exported.continuations(prompts, wish), as_json)
+            else:
+                _stream(exported.writings(prompts, wish))
             for named in {named for prompt in prompts if (named := exported.elsewhere(prompt))}:
                 typer.echo(f"the router names path {named}, which this folder does not hold", err=True)
         return
