@@ -15,18 +15,23 @@ import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
 
+from configs.early_stopping import EarlyStoppingConfig
 from configs.routes import UnknownRoute
 from coordinator.journal import RunUnusable
 from coordinator.snapshot import RunSnapshot
+from coordinator.state import Best
 from corpus.token_file import TokenFile
 from dipaco.cloze import Cloze, cloze_run, default_routes, measured_models
 from dipaco.cloze_items import ClozeForm, ClozeItems, cloze_items
 from dipaco.cloze_score import KEYS
 from dipaco.cloze_table import cloze_table
 from dipaco.ending import Refused
+from dipaco.local_tasks import LocalTasks
 from dipaco.run_router import open_router
 from model.path import load_path
+from protocol.tasks import EvaluateSpec
 from tests.command_line import dipaco
+from worker.outcome import Progress
 
 FORM = ClozeForm(items=40, context_tokens=32, ending_tokens=8)
 PATHS = ["path:0.0", "path:0.1", "path:1.0", "path:1.1"]
@@ -126,6 +131,31 @@ def test_no_route_depends_on_an_ending(snapshot: RunSnapshot, monkeypatch: pytes
     assert len(one) == len(two) > 0
     assert all(np.array_equal(first, second) for first, second in zip(one, two, strict=True))
     assert any((needed.sum(axis=1) == 2).all() for needed in one), "an ensemble of two needs two"
+
+
+def test_best_versions_stand_beside_the_last_and_nothing_is_run_twice(
+    snapshot: RunSnapshot, found: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each path's best modules are another's last."""
+    experiment = snapshot.config.experiment.model_copy(update={"early_stopping": EarlyStoppingConfig()})
+    state = snapshot.state.copy()
+    modules = [tuple(path.modules) for path in reversed(snapshot.paths())]
+    state.apply([Best(path_index, 1, modules[path_index], 1.0, 1) for path_index in range(4)])
+    config = snapshot.config.model_copy(update={"experiment": experiment})
+    swapped = RunSnapshot(snapshot.run_dir, config, state, [])
+    ran: list[str] = []
+    of_tasks = LocalTasks.output
+
+    def noted(tasks: LocalTasks, spec: EvaluateSpec, name: str, progress: Progress) -> bytes:
+        ran.append(name)
+        return of_tasks(tasks, spec, name, progress)
+
+    monkeypatch.setattr(LocalTasks, "output", noted)
+    both = cloze_run(swapped, FORM, split="test", routes=PATHS)
+    assert both["accuracy"]["dipaco"] == {route: found["accuracy"]["dipaco"][route] for route in PATHS}
+    assert list(both["accuracy"]["dipaco-best"].values()) == list(both["accuracy"]["dipaco"].values())[::-1]
+    assert len(ran) == 2 * (3 + 4), "endings and endings alone, of three dense models and four paths"
+    assert "dipaco" not in cloze_run(swapped, FORM, split="test", routes=PATHS[:1], versions=["best"])["accuracy"]
 
 
 def test_the_command_prints_the_same_every_time(tiny_run: tuple[Path, Any], found: dict[str, Any]) -> None:
