@@ -9,7 +9,7 @@ CORES := $(shell python3 -c 'import os; print(len(os.sched_getaffinity(0)))' 2>/
 WORKERS ?= $(shell [ $(CORES) -gt 4 ] && echo 4 || echo $(CORES))
 PINS := pyproject.toml constraints.txt
 
-.PHONY: help quickstart test test-slow lint format bench stubs
+.PHONY: help quickstart test test-slow test-llama lint format bench bench-inference stubs
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 22
@@ -23,6 +23,9 @@ test: .venv/ready-dev ## every test but those that take minutes
 test-slow: .venv/ready-dev ## the tests that take minutes
 	.venv/bin/pytest -m slow
 
+test-llama: .venv/ready-llama ## exported paths in llama.cpp, which is built for it first (about 5 minutes on 2 cores)
+	.venv/bin/pytest tests/system/test_llama_cpp.py
+
 lint: .venv/ready-dev ## formatting, lint, types
 	.venv/bin/ruff format --check .
 	.venv/bin/ruff check .
@@ -34,6 +37,9 @@ format: .venv/ready-dev ## rewrite formatting and what the linter can mend
 
 bench: .venv/ready-dev ## the measurements quoted in the README
 	.venv/bin/python scripts/measure_many_paths.py
+
+bench-inference: .venv/ready-dev ## how fast paths answer, against memory, transformers and other ways to batch
+	.venv/bin/python -m scripts.bench_inference
 
 stubs: .venv/ready-dev ## protocol/*.proto -> the committed stubs
 	.venv/bin/python scripts/generate_stubs.py
@@ -49,3 +55,8 @@ stubs: .venv/ready-dev ## protocol/*.proto -> the committed stubs
 .venv/ready-dev: $(PINS) | .venv/bin/python
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[report,data,serve,dev]'
 	touch .venv/ready $@
+
+.venv/ready-llama: .venv/ready-dev
+	CMAKE_ARGS='-DLLAVA_BUILD=OFF -DGGML_NATIVE=OFF -DCMAKE_PROJECT_llama_cpp_INCLUDE=$(CURDIR)/scripts/llama_cpp.cmake' \
+	    .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[llama]'
+	touch $@

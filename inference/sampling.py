@@ -61,6 +61,8 @@ class Sampler:
     def choose(self, logits: Float[np.ndarray, " V"]) -> int:
         """One token id; takes one number from the generator whatever the settings, so that runs stay comparable."""
         point = self._generator.random()
+        if self._sampling.temperature == 0:
+            return int(np.argmax(logits))
         cumulative = np.cumsum(probabilities(logits, self._sampling))
         token = int(np.searchsorted(cumulative, point * cumulative[-1], side="right"))
         return min(token, len(cumulative) - 1)

@@ -46,7 +46,7 @@ class Stepper:
         self.schedule, self.modules, self.counts = Schedule(limits), modules, Counts()
         self.slots = Slots(modules.config, modules.topology, limits.running, modules.precision, modules.device)
         self._limits = limits
-        self._forward = BatchForward(modules.config, modules.topology, self.slots)
+        self.forward = BatchForward(modules.config, modules.topology, self.slots)
         self._events: list[Event] = []
         self._joined: list[Stream] = []
 
@@ -93,14 +93,14 @@ class Stepper:
     def _read_piece(self, stream: Stream, end: int) -> None:
         pending = stream.pending
         assert pending is not None
-        modules = self._modules_of(stream)
+        modules = self.modules_of(stream)
         if pending.first < self.modules.config.blocks:
             tokens = stream.context[pending.begin : end]
-            self._forward.prefill(stream.slot, tokens, pending.first, pending.begin, modules)
+            self.forward.prefill(stream.slot, tokens, pending.first, pending.begin, modules)
             self.counts.reprefilled_tokens += len(tokens) if pending.again else 0
         stream.ran(end)
         if stream.pending is None:
-            self._go_on(stream, self._forward.scores(stream.slot, modules))
+            self._go_on(stream, self.forward.scores(stream.slot, modules))
 
     def _write(self) -> None:
         rows = self._rows(self.schedule.turn(self._module_bytes, self.modules.budget_bytes))
@@ -118,15 +118,15 @@ class Stepper:
             self._guarded(self._go_on, stream, found)
 
     def _write_alone(self, stream: Stream, row: Row) -> None:
-        self._go_on(stream, self._forward.decode([row])[0])
+        self._go_on(stream, self.forward.decode([row])[0])
 
     def _decode(self, rows: Sequence[Row]) -> Sequence[np.ndarray]:
         if not self._limits.by_path:
-            return list(self._forward.decode(rows))
+            return list(self.forward.decode(rows))
         scores: dict[int, np.ndarray] = {}
         for digests in dict.fromkeys(row.digests for row in rows):
             members = [row for row in rows if row.digests == digests]
-            scores |= zip((row.slot for row in members), self._forward.decode(members), strict=True)
+            scores |= zip((row.slot for row in members), self.forward.decode(members), strict=True)
         return [scores[row.slot] for row in rows]
 
     def _rows(self, streams: Sequence[Stream]) -> list[tuple[Stream, Row]]:
@@ -137,7 +137,7 @@ class Stepper:
 
     def _add_row(self, stream: Stream, rows: list[tuple[Stream, Row]]) -> None:
         position = len(stream.context) - 1
-        modules = self._modules_of(stream)
+        modules = self.modules_of(stream)
         rows.append((stream, Row(stream.slot, position, stream.context[-1], stream.digests, modules)))
 
     def _go_on(self, stream: Stream, scores: np.ndarray) -> None:
@@ -157,7 +157,8 @@ class Stepper:
             self.schedule.read(stream)
         self._events.append(Event(stream, token))
 
-    def _modules_of(self, stream: Stream) -> tuple[LevelModule, ...]:
+    def modules_of(self, stream: Stream) -> tuple[LevelModule, ...]:
+        """The modules of the path that the text goes on with, read where they are not in memory."""
         assert stream.path_index is not None
         ids = self.modules.topology.modules_of_path(stream.path_index)
         return tuple(
