@@ -34,13 +34,13 @@ def cloze_table(found: dict[str, Any]) -> Any:
     for name in names:
         overall.add_row(name, *(cell(by_key[key][name], ".1%") for key in KEYS))
     overall.add_row("guessing", cell(found["chance"], ".1%"), "", cell(found["chance"], ".1%"), "")
-    domains = Table(title="by domain: by likelihood / by gain", title_justify="left")
+    domains = Table(title="by gain, by domain", title_justify="left")
     domains.add_column("domain", no_wrap=True)
     for column in ("items", *names):
         domains.add_column(column, justify="right")
     for domain, each in found["per_domain"].items():
-        likely, gained = rows(each["accuracy"]), rows(each["gain_accuracy"])
-        shares = (f"{cell(likely[name], '.0%')} / {cell(gained[name], '.0%')}" for name in names)
+        gained = rows(each["gain_accuracy"])
+        shares = (cell(gained[name], ".0%") for name in names)
         domains.add_row(domain, f"{each['items']:,}", *shares)
     left_out = found["left_out"]
     more = [Text(f"left out, with too few documents that are long enough: {', '.join(left_out)}")] if left_out else []

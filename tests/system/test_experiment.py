@@ -79,7 +79,7 @@ def test_a_table_from_nothing_to_results_with_a_stop_between(command: list[str],
     assert dense["test_perplexity"] == inside["test_perplexity"]
     assert 0 < dense["cloze_accuracy"] == inside["cloze_accuracy"] < 1
     assert dense["cloze_items"] == inside["cloze_items"] == kmeans["cloze_items"]
-    assert kmeans["cloze_by_domain"].keys() == {"recipe", "code", "law", "numbers"}
+    assert kmeans["cloze_by_domain"].keys() == {"recipe", "code", "law"}, "of numbers there are too few documents"
     assert "Every cell of this table is finished." in (tmp_path / "out" / "results.md").read_text(encoding="utf-8")
     again = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert again.returncode == 0
