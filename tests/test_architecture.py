@@ -139,6 +139,13 @@ def test_the_state_machine_has_no_socket_file_thread_or_clock() -> None:
         assert not roots & forbidden, f"coordinator/{name}.py imports {roots & forbidden}"
 
 
+@pytest.mark.parametrize("name", ["stream", "schedule", "stepper", "batch_forward", "slots", "slot_attention"])
+def test_an_engine_decides_without_socket_thread_or_clock(name: str) -> None:
+    forbidden = {"socket", "threading", "asyncio", "time", "os", "pathlib", "subprocess", "datetime"}
+    roots = {each.partition(".")[0] for each in imported(REPOSITORY / "inference" / f"{name}.py")}
+    assert not roots & forbidden, f"inference/{name}.py imports {roots & forbidden}"
+
+
 def test_help_loads_nothing_heavy() -> None:
     """It answers at once; how soon is for people to measure on an idle machine (`time dipaco --help`)."""
     loaded = modules_after("from dipaco.__main__ import main\nimport dipaco.commands")
