@@ -14,10 +14,11 @@ from coordinator.state import Version
 from dipaco.ending import Refused, sentence
 from dipaco.followed_run import FollowedRun, Taken, followed
 from inference.answering import Answering
+from inference.batch_engine import BatchEngine, BatchLimits
 from inference.metrics import ServerMetrics
 from inference.served_model import Limits, ServedModel
 from inference.server import Doors, OpenDoors, open_doors
-from inference.thread_engine import ThreadEngine
+from inference.stream import Reading
 
 LOOK_S = 3.0
 
@@ -152,21 +153,19 @@ def _limits(run: FollowedRun, offer: Offer) -> Limits:
     )
 
 
-def _engine(run: FollowedRun, taken: Taken, limits: Limits) -> ThreadEngine:
-    return ThreadEngine(
+def _engine(run: FollowedRun, taken: Taken, limits: Limits) -> BatchEngine:
+    prefix_tokens = run.first.config.experiment.sharding.prefix_tokens
+    return BatchEngine(
         taken.paths,
         taken.router,
-        run.first.config.experiment.sharding.prefix_tokens,
-        run.tokenizer.bos_id,
-        run.tokenizer.eos_id,
+        Reading(prefix_tokens, run.tokenizer.bos_id, run.tokenizer.eos_id),
         router_lm=taken.router_lm,
-        max_running=limits.running,
-        max_waiting=limits.waiting,
+        limits=BatchLimits(running=limits.running, waiting=limits.waiting),
     )
 
 
 async def _follow(
-    run: FollowedRun, engine: ThreadEngine, answering: Answering, look_s: float, say: Callable[[str], None]
+    run: FollowedRun, engine: BatchEngine, answering: Answering, look_s: float, say: Callable[[str], None]
 ) -> None:
     """Look for a newer snapshot again and again, and hand it over. What cannot be read now is looked at later."""
     trouble = ""

@@ -7,7 +7,7 @@ import re
 _UNITS = {"": 1, "b": 1} | {
     name: factor
     for power, letter in enumerate("kmgt", 1)
-    for name, factor in ((f"{letter}ib", 1024**power), (f"{letter}b", 1000**power), (letter, 1024**power))
+    for name, factor in ((f"{letter}ib", 1024**power), (f"{letter}b", 1000**power))
 }
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", re.IGNORECASE)
 

@@ -13,13 +13,13 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
+from inference.batch_engine import EngineStats, Full
 from inference.engine import Finish, GeneratedToken, Request
 from inference.metrics import ServerMetrics
 from inference.openai_requests import Asked
 from inference.request_errors import BadRequest, Busy, Draining, EngineFailed, status_of
 from inference.served_model import Limits, Routing, ServedModel
 from inference.text_stream import TextStream
-from inference.thread_engine import EngineStats, Full
 
 logger = logging.getLogger(__name__)
 

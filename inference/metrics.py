@@ -12,7 +12,7 @@ import psutil
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
-from inference.thread_engine import EngineStats
+from inference.batch_engine import EngineStats
 
 _FIRST_TOKEN_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _TOKEN_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
@@ -93,4 +93,6 @@ class _EngineNumbers:
         yield CounterMetricFamily("dipaco_module_reads", "Modules read from the store.", found.cache_reads)
         yield CounterMetricFamily("dipaco_module_hits", "Modules found in memory.", found.cache_hits)
         yield GaugeMetricFamily("dipaco_module_bytes", "Bytes of modules in memory.", found.cache_bytes)
+        yield GaugeMetricFamily("dipaco_slot_bytes", "Bytes of cached keys, values and states.", found.slot_bytes)
+        yield GaugeMetricFamily("dipaco_snapshots_in_use", "Snapshots that texts are written by.", found.snapshots)
         yield GaugeMetricFamily("dipaco_resident_bytes", "Memory of the process.", psutil.Process().memory_info().rss)

@@ -9,6 +9,7 @@ from typing import Any
 
 from inference.engine import NoRouterLM, PromptTooLong
 from inference.sampling import BadSampling
+from inference.stream import UnknownToken
 from model.topology import UnknownPath
 
 
@@ -60,6 +61,7 @@ STATUS_OF: dict[type[Exception], int] = {
     PromptTooLong: 400,
     NoRouterLM: 400,
     BadSampling: 400,
+    UnknownToken: 400,
     UnknownPath: 404,
 }
 _TYPE_OF = {429: "rate_limit_error", 500: "server_error", 503: "server_error"}

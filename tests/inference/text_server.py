@@ -15,13 +15,14 @@ import numpy as np
 from configs.schema import LevelConfig, ModelConfig, TopologyConfig
 from corpus.tokenizer import Tokenizer, byte_tokenizer
 from inference.answering import Answering
+from inference.batch_engine import BatchEngine, BatchLimits
 from inference.engine import Engine, Request
 from inference.metrics import ServerMetrics
 from inference.module_cache import ModuleCache
 from inference.path_source import PathSource
 from inference.served_model import Limits, ServedModel
 from inference.server import Doors, OpenDoors, open_doors
-from inference.thread_engine import ThreadEngine
+from inference.stream import Reading
 from model.initial import write_initial_module
 from model.layout import module_spec
 from model.store import BlobStore
@@ -73,9 +74,9 @@ class TinyModel:
         paths = [[digests[each] for each in self.topology.modules_of_path(index)] for index in range(4)]
         return PathSource(SHAPE, vocab_size, self.topology, paths, ModuleCache(store, 1 << 30))
 
-    def engine(self, running: int = 16, waiting: int = 64) -> ThreadEngine:
-        reading = (PREFIX_TOKENS, self.tokenizer.bos_id, self.tokenizer.eos_id)
-        return ThreadEngine(self.paths(), ByLastToken(), *reading, None, running, waiting)
+    def engine(self, running: int = 16, waiting: int = 64) -> BatchEngine:
+        reading = Reading(PREFIX_TOKENS, self.tokenizer.bos_id, self.tokenizer.eos_id)
+        return BatchEngine(self.paths(), ByLastToken(), reading, limits=BatchLimits(running=running, waiting=waiting))
 
     def alone(self, request: Request, seed: int = 0) -> tuple[str, list[str]]:
         """The text of a request and the path of every token, by the engine without a server."""
