@@ -28,7 +28,8 @@ def test_a_cell_is_a_run_and_its_evaluations(bench: Bench, two: list[Cell]) -> N
     assert (outcome.finished, outcome.failed, outcome.stopped) == (2, {}, False)
     run, evaluate = bench.calls()[:2]
     folder = bench.work.folder(two[0].digest)
-    assert run == ["run", str(folder / "config.yaml"), "--workers", "3", "--run-dir", str(folder / "run"), "--json"]
+    words = ["run", str(folder / "config.yaml"), "--workers", "3", "--run-dir", str(folder / "run")]
+    assert run == [*words, "--reuse", str(bench.work.reuse), "--json"]
     assert evaluate == ["evaluate", str(folder / "run"), "--split", "validation", "--route", "sequence", "--json"]
     assert load_config(folder / "config.yaml").experiment == two[0].config.experiment
     assert not (folder / "run" / "workers").exists()
