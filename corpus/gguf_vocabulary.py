@@ -13,7 +13,7 @@ from enum import IntEnum
 from typing import Any
 
 from configs.schema import TokenizerConfig
-from corpus.tokenizer import Tokenizer, byte_alphabet
+from corpus.tokenizer import BadTokenizer, Tokenizer, byte_alphabet
 
 _CASELESS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _AFTER_NUMBERS = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -84,7 +84,7 @@ def gguf_vocabulary(tokenizer: Tokenizer) -> GgufVocabulary:
 def gguf_remark(config: TokenizerConfig) -> str | None:
     """What to tell who configures a run by this tokenizer; None where its paths can become GGUF files.
 
-    Raises BadTokenizer where its file is none.
+    None, too, where its file cannot be read: that is for who needs it, and a run that has its tokenizer does not.
     """
     if config.kind != "file":
         return None
@@ -93,6 +93,8 @@ def gguf_remark(config: TokenizerConfig) -> str | None:
         gguf_vocabulary(Tokenizer.from_file(config.path))
     except InexpressibleTokenizer as error:
         return f"remark: {error}"
+    except BadTokenizer:
+        return None
     return None
 
 

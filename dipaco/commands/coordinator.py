@@ -28,6 +28,7 @@ def coordinator(
     from configs.load import load_config
     from coordinator.serving import serve
     from coordinator.snapshot import RunSnapshot
+    from corpus.gguf_vocabulary import gguf_remark
     from dipaco.ending import UNFINISHED, say_wrong
     from dipaco.own_log import rotate_own_output, rotation
     from dipaco.parent import stop_without
@@ -38,6 +39,8 @@ def coordinator(
         stop_without(parent)
     if log is not None:
         rotate_own_output(*rotation(log))
+    if (remark := gguf_remark(loaded.experiment.tokenizer)) is not None:
+        _say(remark)
     serve(
         loaded,
         directory,

@@ -54,6 +54,7 @@ def _carry_out(
 ) -> None:
     import psutil
 
+    from corpus.gguf_vocabulary import gguf_remark
     from dipaco.asking import StatusSource
     from dipaco.cores import usable_cores
     from dipaco.processes import LocalRun
@@ -64,6 +65,8 @@ def _carry_out(
     if is_finished(directory, config):
         return
     shown = PlainLines(to_stderr=True) if quiet else display()
+    if (remark := gguf_remark(config.experiment.tokenizer)) is not None:
+        shown.say(remark)
     join = _join_file(directory / CERTS_DIR, certified=config.execution.require_worker_certificates)
     local = LocalRun(
         config=path,

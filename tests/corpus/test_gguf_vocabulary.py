@@ -112,6 +112,7 @@ def test_a_token_outside_the_alphabet_of_bytes_is_refused() -> None:
 def test_who_configures_a_run_is_told(tmp_path: Path) -> None:
     file = tmp_path / "tokenizer.json"
     configured = TokenizerConfig(kind="file", path=str(file))
+    assert gguf_remark(configured) is None
     file.write_bytes(trained().to_bytes())
     assert gguf_remark(configured) is None
     assert gguf_remark(TokenizerConfig()) is None
