@@ -136,7 +136,8 @@ class Server:
                 break
         else:
             raise RuntimeError(f"the server did not start: {told}")
-        threading.Thread(target=self._process.stdout.read, daemon=True).start()
+        self._reading = threading.Thread(target=self._process.stdout.read, daemon=True)
+        self._reading.start()
 
     def resident_bytes(self) -> int:
         return int(psutil.Process(self._process.pid).memory_info().rss)
@@ -158,8 +159,12 @@ class Server:
 
     def stop(self) -> int:
         """The exit code after SIGTERM."""
+        assert self._process.stdout is not None
         self._process.send_signal(signal.SIGTERM)
-        return self._process.wait(PATIENCE_S)
+        code = self._process.wait(PATIENCE_S)
+        self._reading.join()
+        self._process.stdout.close()
+        return code
 
 
 def soak(

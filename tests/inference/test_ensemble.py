@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 import pytest
 import torch
@@ -95,9 +93,9 @@ def test_a_short_prompt_is_routed_again_when_its_prefix_is_whole(mixture: Mixtur
     assert again == tokens[5:]
 
 
-def test_a_text_slides_past_a_sequence(make_mixture: Callable[..., Mixture]) -> None:
-    engine = ensemble(make_mixture(sequence_length=16))
-    written = list(engine.generate(Request(PROMPT, 10, Sampling(0.9, seed=2))))
+def test_a_text_slides_past_a_sequence(mixture: Mixture) -> None:
+    engine = ensemble(mixture)
+    written = list(engine.generate(Request(PROMPT * 5, 10, Sampling(0.9, seed=2))))
     assert written[-1].finish in ("stop", "length")
     long = list(engine.generate(Request(PROMPT * 8, 3, Sampling(0.0))))
     assert len(long) == 3
