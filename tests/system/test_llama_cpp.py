@@ -25,7 +25,7 @@ from model.path import compose, load_path
 from model.topology import Topology
 from model.transformer import PathModel
 
-pytestmark = pytest.mark.extra
+pytestmark = [pytest.mark.extra, pytest.mark.slow]
 
 NEAR_TIE = 1e-3
 TOKENS = 200
@@ -133,13 +133,14 @@ def test_transformers_writes_the_text_of_three_paths(exported: Exported) -> None
 
 @pytest.fixture
 def open_llama() -> Iterator[Callable[[Path], Any]]:
-    """Opens GGUF files in llama.cpp."""
+    """Opens GGUF files in llama.cpp, with keys and values in float32 (its cache rounds them to half by default)."""
     pytest.importorskip("gguf")
     llama_cpp = pytest.importorskip("llama_cpp")
     opened: list[Any] = []
 
     def load(file: Path) -> Any:
-        opened.append(llama_cpp.Llama(str(file), n_ctx=256, n_threads=1, logits_all=True, verbose=False, seed=0))
+        exact = {"type_k": llama_cpp.GGML_TYPE_F32, "type_v": llama_cpp.GGML_TYPE_F32, "flash_attn": False}
+        opened.append(llama_cpp.Llama(str(file), n_ctx=256, n_threads=1, logits_all=True, verbose=False, **exact))
         return opened[-1]
 
     yield load
@@ -155,7 +156,7 @@ def test_llama_cpp_writes_the_text_of_three_paths(exported: Exported, open_llama
         llama.reset()
         llama.eval(prompt)
         logits = ours(exported.path(path_index))
-        np.testing.assert_allclose(np.array(llama.scores[: len(prompt)]), logits(prompt), atol=2e-3, rtol=0)
+        np.testing.assert_allclose(np.array(llama.scores[: len(prompt)]), logits(prompt), atol=1e-4, rtol=0)
         written = []
         for _ in range(TOKENS):
             written.append(int(np.argmax(llama.scores[llama.n_tokens - 1])))
