@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -49,12 +49,31 @@ class GaterConfig(Section):
     capacity: Annotated[float, Field(ge=1.0)] | None = 1.25
     # Shift the classes so that the gater hands out the shares that the labels have: no path starves.
     match_labels: bool = True
+    # Learn every path in the share softmax(-loss / temperature) of a sequence (nats), and not its best one alone: what
+    # a sequence loses hardly by says little. Such labels are neither capped nor matched.
+    temperature: Annotated[float, Field(gt=0)] | None = None
+
+    @model_validator(mode="after")
+    def _soft_labels_are_as_they_are(self) -> Self:
+        if self.temperature is not None and (self.capacity is not None or self.match_labels):
+            raise ValueError(
+                "gater.temperature makes soft labels, which are neither capped nor matched: set gater.capacity to null "
+                "and gater.match_labels to false, or gater.temperature to null"
+            )
+        return self
+
+
+class InferenceGaterConfig(GaterConfig):
+    """The gater of the final paths: nothing is trained on what it hands out, so no path needs its share."""
+
+    capacity: Annotated[float, Field(ge=1.0)] | None = None
+    match_labels: bool = False
+    temperature: Annotated[float, Field(gt=0)] | None = 30.0
 
 
 class _GatedStage(Section):
-    """Score the router split under every path and fit the gater to the best ones."""
+    """Score the router split under every path and fit a gater to what they are best at."""
 
-    gater: GaterConfig = GaterConfig()
     # Of each token file of the router split, scored under every path; null: all of them.
     max_sequences: PositiveInt | None = None
     # Score each sequence under its so many nearest paths only, by the router so far; null: under all paths.
@@ -65,12 +84,14 @@ class ReshardStage(_GatedStage):
     """Fit the gater and give every training sequence its shard anew, for the train stage that follows."""
 
     kind: Literal["reshard"]
+    gater: GaterConfig = GaterConfig()
 
 
 class GaterStage(_GatedStage):
     """Fit the gater to the trained paths, for inference; shards stay as they were trained on."""
 
     kind: Literal["gater"]
+    gater: InferenceGaterConfig = InferenceGaterConfig()
 
 
 class RouterStage(Section):

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from jaxtyping import Bool, Float64, Int64, UInt64
+from jaxtyping import Float64, Int64, UInt64
 
 from configs.stages import GaterConfig
 from routing.balance import matched_shift
@@ -26,6 +26,8 @@ TOLERANCE = 1e-5
 # The logit of a path that is no label. Those of the others sum to about zero in every row, so that the largest is not
 # below it and such a path's posterior never above exp(-30).
 ABSENT_LOGIT = -30.0
+# Of a soft label: smaller parts cost time and teach nothing.
+LEAST_SHARE = 1e-3
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,9 +64,10 @@ def fit_gater(
     """The gater of `losses`: summed nats of each sequence under each path, +inf where it was not scored.
 
     Minimises `sum_n cross entropy(label_n, softmax(x_n @ weights + bias)) + regularization / 2 * sum weights ** 2` over
-    the weights (E, P) of transformed features x; the bias is free. Doubling the sample halves the penalty's part. Then,
-    with `match_labels`, the bias is shifted until argmax hands out the shares of the labels as nearly as it can. A path
-    that is no label gets no weights and a logit so low that no sequence is routed to it. Raises CannotFit.
+    the weights (E, P) of transformed features x; the bias is free. Doubling the sample halves the penalty's part. With
+    a `temperature` T the label of a row is the distribution softmax(-losses / T) instead of one path. Then, with
+    `match_labels`, the bias is shifted until argmax hands out the shares of the labels as nearly as it can. A path that
+    is no label gets no weights and a logit so low that no sequence is routed to it. Raises CannotFit.
     """
     import sklearn.linear_model  # noqa: F401  the limit reaches only thread pools that are loaded
     from threadpoolctl import threadpool_limits
@@ -74,7 +77,7 @@ def fit_gater(
     _check(rows, losses)
     labels = best_paths(losses, config.capacity)
     with threadpool_limits(limits=1):
-        gater, converged = _fit(rows, labels, losses.shape[1], config, prefix_tokens)
+        gater, converged = _fit(rows, labels, losses, config, prefix_tokens)
     return _described(gater, converged, ids[order], rows, labels, losses)
 
 
@@ -111,39 +114,50 @@ def _check(rows: Float64[np.ndarray, "N D"], losses: Float64[np.ndarray, "N P"])
 def _fit(
     rows: Float64[np.ndarray, "N D"],
     labels: Int64[np.ndarray, " N"],
-    num_paths: int,
+    losses: Float64[np.ndarray, "N P"],
     config: GaterConfig,
     prefix_tokens: int,
 ) -> tuple[Gater, bool]:
+    num_paths = losses.shape[1]
     mean, matrix = fit_transform(rows, config.transform)
     if not matrix.shape[1]:
         raise CannotFit("all router sequences have the same features; give more documents")
-    counts = np.bincount(labels, minlength=num_paths)
-    present = counts > 0
+    targets = _targets(labels, losses, config.temperature)
+    present = targets.any(axis=0)
     weights, bias, converged = np.zeros((matrix.shape[1], num_paths)), np.full(num_paths, ABSENT_LOGIT), True
     weights[:, present], bias[present], converged = _regression(
-        row_products(rows - mean, matrix), labels, present, config.regularization
+        row_products(rows - mean, matrix), targets[:, present], config.regularization
     )
     gater = Gater(mean, matrix, weights, bias, prefix_tokens)
     if config.match_labels:
-        shift = matched_shift(gater.logits(rows)[:, present], counts[present])
+        shift = matched_shift(gater.logits(rows)[:, present], np.bincount(labels, minlength=num_paths)[present])
         bias = bias.copy()
         bias[present] += shift - shift.mean()
         gater = replace(gater, bias=bias)
     return gater, converged
 
 
+def _targets(
+    labels: Int64[np.ndarray, " N"], losses: Float64[np.ndarray, "N P"], temperature: float | None
+) -> Float64[np.ndarray, "N P"]:
+    """What every row is to be: its label wholly, or its paths in shares; small shares are left out."""
+    targets: npt.NDArray[np.float64] = np.eye(losses.shape[1])[labels]
+    if temperature is not None:
+        targets = np.exp((losses.min(axis=1, keepdims=True) - losses) / temperature)
+        targets /= targets.sum(axis=1, keepdims=True)
+        targets[targets < LEAST_SHARE] = 0.0
+        targets /= targets.sum(axis=1, keepdims=True)
+    return targets
+
+
 def _regression(
-    x: Float64[np.ndarray, "N E"],
-    labels: Int64[np.ndarray, " N"],
-    present: Bool[np.ndarray, " P"],
-    regularization: float,
+    x: Float64[np.ndarray, "N E"], targets: Float64[np.ndarray, "N K"], regularization: float
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64], bool]:
-    """Weights (E, K) and bias (K) of the K paths that are labels, and whether they converged."""
+    """Weights (E, K) and bias (K) of the K paths that are targets, and whether they converged."""
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
 
-    count = int(present.sum())
+    count = targets.shape[1]
     if count == 1:
         return np.zeros((x.shape[1], 1)), np.zeros(1), True
     # Of two classes sklearn fits the difference d of the weights, which are then -d / 2 and d / 2: the sum of their
@@ -152,7 +166,8 @@ def _regression(
     model = LogisticRegression(C=scale / regularization, solver="lbfgs", tol=TOLERANCE, max_iter=MAX_ITERATIONS)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
-        model.fit(x, labels)
+        rows, paths = np.nonzero(targets)
+        model.fit(x[rows], paths, sample_weight=targets[rows, paths])
     weights, bias = model.coef_, model.intercept_
     if count == 2:
         weights, bias = np.concatenate([-weights, weights]) / 2, np.concatenate([-bias, bias]) / 2

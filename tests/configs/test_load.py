@@ -54,7 +54,7 @@ def changed(key: str, value: Any) -> str:
             "experiment/stages/0/kind",
             "pretrian",
             "experiment.stages[0].kind is \"pretrian\", expected one of 'pretrain', 'shard', 'train', 'reshard', "
-            "'router', 'evaluate'",
+            "'gater', 'router', 'evaluate'",
         ),
         (
             "experiment/topology/levels/0/modules",

@@ -8,6 +8,7 @@ import pytest
 from pydantic import ValidationError
 
 from configs.schema import Config
+from configs.stages import InferenceGaterConfig
 
 LEVELS = [{"modules": 2, "blocks": [0], "embedding": True}, {"modules": 2, "blocks": [1], "head": True}]
 MORE = {
@@ -58,7 +59,7 @@ def test_stands_after_the_last_train(kinds: tuple[str, ...]) -> None:
     ],
 )
 def test_stands_nowhere_else(kinds: tuple[str, ...]) -> None:
-    with pytest.raises(ValidationError, match="after the last train one router"):
+    with pytest.raises(ValidationError, match="after the last train one gater and one router"):
         config(*kinds)
 
 
@@ -95,3 +96,12 @@ def test_a_route_by_the_router_lm_needs_the_stage() -> None:
     with pytest.raises(ValidationError, match=r"'router:32' needs a router LM: add '- kind: router' after"):
         config("pretrain", "shard", "train", "evaluate", **routes)
     config("pretrain", "evaluate", topology=one_path(), **routes)  # where one path is every route
+
+
+@pytest.mark.parametrize("more", [{"capacity": 1.25}, {"match_labels": True}])
+def test_soft_labels_are_neither_capped_nor_matched(more: dict[str, Any]) -> None:
+    gater = {"temperature": 20.0, "capacity": None, "match_labels": False, **more}
+    with pytest.raises(ValidationError, match="neither capped nor matched"):
+        InferenceGaterConfig.model_validate(gater)
+    plain = InferenceGaterConfig()
+    assert (plain.capacity, plain.match_labels, plain.temperature) == (None, False, 30.0)

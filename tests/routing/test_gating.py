@@ -76,6 +76,30 @@ def test_the_fit_is_where_the_documented_sum_is_least(num_paths: int, regulariza
     assert np.abs(residual.sum(axis=0)).max() < 0.01
 
 
+@pytest.mark.parametrize("num_paths", [2, 4])
+def test_soft_labels_are_the_shares_of_the_paths(num_paths: int) -> None:
+    """The fit is where the sum with distributions for labels is least."""
+    ids, z, losses, _ = planted((1 / num_paths,) * num_paths, 200)
+    losses = losses + np.random.default_rng(3).uniform(0, 3, losses.shape)
+    config = GaterConfig(capacity=None, match_labels=False, temperature=20.0, transform=PLAIN.transform)
+    gater = fit_gater(ids, z, losses, config, 32).gater
+    shares = np.exp(-losses / 20.0)
+    residual = gater.posterior(z) - shares / shares.sum(axis=1, keepdims=True)
+    assert np.abs(gater.transform(z).T @ residual + gater.weights).max() < 0.05
+    hard = fit_gater(ids, z, losses, config.model_copy(update={"temperature": None}), 32).gater
+    assert gater.posterior(z).max(axis=1).mean() < hard.posterior(z).max(axis=1).mean()
+
+
+def test_a_path_without_a_score_has_no_share() -> None:
+    ids, z, losses, _ = planted((0.25,) * 4, 200)
+    losses = losses.copy()
+    losses[:, 2] = np.inf
+    config = GaterConfig(capacity=None, match_labels=False, temperature=50.0)
+    fitted = fit_gater(ids, z, losses, config, 32)
+    assert fitted.gater.posterior(z)[:, 2].max() < 1e-9
+    assert fitted.gater_shares[2] == 0.0
+
+
 def test_the_larger_the_regularization_the_flatter_the_posterior() -> None:
     ids, z, losses, _ = planted((0.25,) * 4)
     heights = [
