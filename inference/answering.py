@@ -13,11 +13,12 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
+from inference.admission import Admission
 from inference.batch_engine import EngineStats, Full
 from inference.engine import Finish, GeneratedToken, Request
 from inference.metrics import ServerMetrics
 from inference.openai_requests import Asked
-from inference.request_errors import BadRequest, Busy, Draining, EngineFailed, status_of
+from inference.request_errors import BadRequest, Busy, EngineFailed, status_of
 from inference.served_model import Limits, Routing, ServedModel
 from inference.text_stream import TextStream
 
@@ -170,27 +171,19 @@ class Answering:
 
     def __init__(self, engine: TextEngine, model: ServedModel, limits: Limits, metrics: ServerMetrics) -> None:
         self.engine, self.model, self.limits, self.metrics = engine, model, limits, metrics
-        self.draining = False
-        self._open = 0
-        self._idle = asyncio.Event()
-        self._idle.set()
+        self.admission = Admission()
+
+    @property
+    def draining(self) -> bool:
+        return self.admission.draining
 
     @property
     def open_answers(self) -> int:
-        return self._open
-
-    def drain(self) -> None:
-        """Take nothing new from now on."""
-        self.draining = True
-
-    async def until_idle(self) -> None:
-        """Return when no request is being answered."""
-        await self._idle.wait()
+        return self.admission.open
 
     async def answer(self, asked: Asked) -> Answer:
         """Start a request; raises Draining, Busy, UnknownModel, BadRequest and what the engine does."""
-        if self.draining:
-            raise Draining("the server is about to end and takes no new requests; ask another one", retry_after_s=5)
+        self.admission.check()
         routing = self.model.routing(asked.model, asked.route)
         if len(asked.prompts) * asked.n > self.limits.texts:
             texts = len(asked.prompts) * asked.n
@@ -198,9 +191,8 @@ class Answering:
                 f"{texts} texts are asked for (prompts times n), this server writes {self.limits.texts}", "n"
             )
         max_tokens = self._max_tokens(asked)
-        answer = Answer(asked, routing, self.model, self.metrics, self._closed)
-        self._open += 1
-        self._idle.clear()
+        answer = Answer(asked, routing, self.model, self.metrics, self.admission.leave)
+        self.admission.enter()
         try:
             await self._start(answer, max_tokens)
         except BaseException as error:
@@ -227,11 +219,6 @@ class Answering:
                 by_router_lm=routing.by_router_lm,
             )
             answer.ask(self.engine, index, request)
-
-    def _closed(self) -> None:
-        self._open -= 1
-        if not self._open:
-            self._idle.set()
 
     def _max_tokens(self, asked: Asked) -> int:
         if asked.max_tokens is not None and asked.max_tokens > self.limits.new_tokens:

@@ -14,12 +14,12 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 
 from inference.batch_engine import EngineStats
 
-_FIRST_TOKEN_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+FIRST_TOKEN_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _TOKEN_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
 
 
-class ServerMetrics:
-    """The measurements of one server, in a registry of their own. `clock` in seconds."""
+class DoorMetrics:
+    """What is measured at the doors of any server, in a registry of its own. `clock` in seconds."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.clock = clock
@@ -27,6 +27,21 @@ class ServerMetrics:
         self._requests = Counter(
             "dipaco_requests", "Requests by door and status.", ["door", "status"], registry=self.registry
         )
+
+    def answered(self, door: str, status: str) -> None:
+        """A request was answered: `door` is http or grpc."""
+        self._requests.labels(door, status).inc()
+
+    def page(self) -> bytes:
+        """All of it as Prometheus reads it."""
+        return generate_latest(self.registry)
+
+
+class ServerMetrics(DoorMetrics):
+    """The measurements of one server of texts."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        super().__init__(clock)
         self._prompt_tokens = Counter("dipaco_prompt_tokens", "Tokens of prompts.", registry=self.registry)
         self._path_tokens = Counter(
             "dipaco_path_tokens", "Tokens written by each path.", ["path"], registry=self.registry
@@ -34,7 +49,7 @@ class ServerMetrics:
         self._first_token_s = Histogram(
             "dipaco_time_to_first_token_seconds",
             "From a request's arrival to its first token.",
-            buckets=_FIRST_TOKEN_S,
+            buckets=FIRST_TOKEN_S,
             registry=self.registry,
         )
         self._token_s = Histogram(
@@ -49,10 +64,6 @@ class ServerMetrics:
         """Read the engine's numbers whenever the metrics are asked for."""
         self.registry.register(_EngineNumbers(stats, open_requests))  # type: ignore[arg-type, unused-ignore]
 
-    def answered(self, door: str, status: str) -> None:
-        """A request was answered: `door` is http or grpc."""
-        self._requests.labels(door, status).inc()
-
     def asked(self, prompt_tokens: int) -> None:
         self._prompt_tokens.inc(prompt_tokens)
 
@@ -63,10 +74,6 @@ class ServerMetrics:
 
     def renewed(self) -> None:
         self._renewals.inc()
-
-    def page(self) -> bytes:
-        """All of it as Prometheus reads it."""
-        return generate_latest(self.registry)
 
 
 class _EngineNumbers:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 from configs.routes import UnknownRoute, parse_route
 from corpus.tokenizer import Tokenizer
 from inference.request_errors import BadRequest, UnknownModel
-from model.topology import Topology, UnknownPath
+from model.topology import UnknownPath
 
 FIXED = "path:"
 ROUTES = "sequence, every:W, router:W or path:I.J"
@@ -35,6 +36,19 @@ class Routing:
     by_router_lm: bool = False
 
 
+class PathNames(Protocol):
+    """What is to be known of a topology here."""
+
+    @property
+    def num_paths(self) -> int: ...
+
+    def path_id(self, path_index: int) -> str: ...
+
+    def path_index(self, path_id: str) -> int:
+        """Raises UnknownPath."""
+        ...
+
+
 @dataclass(slots=True)
 class ServedModel:
     """One run. Its topology and tokenizer never change; what follows its newer snapshots is `snapshot` and the flags.
@@ -43,7 +57,7 @@ class ServedModel:
     """
 
     name: str
-    topology: Topology
+    topology: PathNames
     tokenizer: Tokenizer
     created_s: int
     has_router: bool

@@ -19,7 +19,9 @@ import grpc.aio
 import uvicorn
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
+from starlette.applications import Starlette
 
+from inference.admission import Admission
 from inference.answering import Answering
 from inference.api_keys import ApiKeys
 from inference.http_app import make_app
@@ -99,9 +101,9 @@ class _Uvicorn(uvicorn.Server):
 class OpenDoors:
     """A server that listens at `http` and `grpc`; their ports are the real ones."""
 
-    def __init__(self, answering: Answering, http: Address, grpc_address: Address | None) -> None:
+    def __init__(self, admission: Admission, http: Address, grpc_address: Address | None) -> None:
         self.http, self.grpc = http, grpc_address
-        self._answering = answering
+        self._admission = admission
         self._http_server: _Uvicorn | None = None
         self._serving: asyncio.Task[None] | None = None
         self._grpc_server: Any = None
@@ -112,10 +114,10 @@ class OpenDoors:
 
         False where answers were cut off: `cut` was set, or `drain_s` seconds were over.
         """
-        self._answering.drain()
+        self._admission.drain()
         if self._health is not None:
             await self._health.enter_graceful_shutdown()
-        idle, told = asyncio.create_task(self._answering.until_idle()), asyncio.create_task(cut.wait())
+        idle, told = asyncio.create_task(self._admission.until_idle()), asyncio.create_task(cut.wait())
         await asyncio.wait({idle, told}, timeout=drain_s, return_when=asyncio.FIRST_COMPLETED)
         whole = idle.done()
         for task in (idle, told):
@@ -133,12 +135,12 @@ class OpenDoors:
             self._http_server.force_exit = True
         await self._serving
 
-    async def _open_http(self, doors: Doors) -> None:
+    async def _open_http(self, doors: Doors, app: Starlette) -> None:
         bound = _bound(self.http)
         self.http = Address(self.http.host, bound.getsockname()[1])
         tls = doors.tls
         config = uvicorn.Config(
-            make_app(self._answering, doors.keys),
+            app,
             lifespan="off",
             log_config=None,
             access_log=False,
@@ -155,9 +157,9 @@ class OpenDoors:
                 raise CannotServe(f"the HTTP server at {self.http} did not start")
             await asyncio.sleep(0.01)
 
-    async def _open_grpc(self, doors: Doors, address: Address) -> None:
+    async def _open_grpc(self, doors: Doors, address: Address, answering: Answering) -> None:
         server = grpc.aio.server(interceptors=[ErrorInterceptor()], options=_OPTIONS)
-        pb_grpc.add_GenerationServicer_to_server(GenerationService(self._answering, doors.keys), server)
+        pb_grpc.add_GenerationServicer_to_server(GenerationService(answering, doors.keys), server)
         services = [service.full_name for service in pb.DESCRIPTOR.services_by_name.values()]
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined, unused-ignore]
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
@@ -172,14 +174,22 @@ class OpenDoors:
 async def open_doors(answering: Answering, doors: Doors) -> OpenDoors:
     """Listen; raises BadAddress, CannotServe."""
     http, grpc_address = doors.check()
-    opened = OpenDoors(answering, http, grpc_address)
-    await opened._open_http(doors)
+    opened = OpenDoors(answering.admission, http, grpc_address)
+    await opened._open_http(doors, make_app(answering, doors.keys))
     try:
         if grpc_address is not None:
-            await opened._open_grpc(doors, grpc_address)
+            await opened._open_grpc(doors, grpc_address, answering)
     except BaseException:
         await opened._close(whole=False)
         raise
+    return opened
+
+
+async def open_http_door(app: Starlette, admission: Admission, doors: Doors) -> OpenDoors:
+    """Listen with another application, over HTTP alone; raises BadAddress, CannotServe."""
+    http, _ = doors.check()
+    opened = OpenDoors(admission, http, None)
+    await opened._open_http(doors, app)
     return opened
 
 
