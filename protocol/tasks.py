@@ -180,7 +180,7 @@ class TaskResult(Message):
 
     `loss_sum` in nats over `tokens` target tokens; `step_losses` is the mean loss of each inner step. All of
     them, and `seconds`, cover the whole task; `resumed_steps` and `resumed_seconds` are the part taken over from a
-    checkpoint.
+    checkpoint; `reused`: they are those of an earlier computation, and this one took no time.
     """
 
     outputs: dict[str, BlobRef]
@@ -192,6 +192,7 @@ class TaskResult(Message):
     seconds: FiniteFloat = 0.0
     resumed_steps: Counted = 0
     resumed_seconds: FiniteFloat = 0.0
+    reused: bool = False
     fetched_bytes: dict[str, Counted] = {}
 
 

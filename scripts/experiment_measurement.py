@@ -97,7 +97,8 @@ def describe(run_dir: Path) -> dict[str, Any]:
     """What a table says of a finished run beside its perplexities; plain JSON.
 
     Keys: `tokens` {model as evaluations name it: trained tokens, those of the base included}, `path_parameters`,
-    `parameters` (of all modules), `shards` [share of the training tokens], `wire_bytes`, `every_step_bytes` (what an
+    `parameters` (of all modules), `shards` [share of the training tokens], `wire_bytes`, `reused_tasks` (of an
+    earlier cell, by --reuse), `every_step_bytes` (what an
     exchange of every gradient would have moved: 8 bytes a parameter, inner step and shard), `wall_s`, `config_digest`,
     `digest`, `hardware`.
     """
@@ -105,8 +106,9 @@ def describe(run_dir: Path) -> dict[str, Any]:
     experiment, topology = snapshot.config.experiment, snapshot.topology
     report = json.loads((run_dir / "report.json").read_text(encoding="utf-8"))
     trained: dict[str, int] = {}
-    steps = 0
+    steps, reused = 0, 0
     for metric in snapshot.metrics:
+        reused += bool(metric.get("reused"))
         if metric["kind"] == "TRAIN":
             trained[metric["model"]] = trained.get(metric["model"], 0) + metric["tokens"]
             steps += metric["steps"]
@@ -120,6 +122,7 @@ def describe(run_dir: Path) -> dict[str, Any]:
         "parameters": sum(spec.num_elements for spec in specs),
         "shards": [count / sum(shards) for count in shards],
         "wire_bytes": report["wire_bytes"],
+        "reused_tasks": reused,
         "every_step_bytes": 8 * path_parameters * steps,
         **{key: report[key] for key in ("wall_s", "config_digest", "digest", "hardware")},
     }

@@ -161,16 +161,17 @@ def _cloze(plan: TablePlan, row: Row, cell: Cell, route: str, found: FoundCloze 
 
 def _of_a_run(known: Measurement, row: Row, route: str) -> ResultRow:
     """What a result row says of a finished run beside its perplexities."""
+    reused = known.run.get("reused_tasks", 0)  # nothing is fetched for these, and they take no time
     moved = sum(known.run["wire_bytes"].get(kind, 0) for kind in _MOVED)
     shards, load = known.run["shards"], known.path_load(row.model, route)
     values = (
         known.run["tokens"].get(DIPACO if row.model in MIXTURES else row.model),
         known.run["parameters"],
         known.run["path_parameters"],
-        known.run["every_step_bytes"] / moved if moved else None,
+        known.run["every_step_bytes"] / moved if moved and not reused else None,
         min(shards) * len(shards),
         min(load) * len(load) if load else None,
-        known.run["wall_s"],
+        None if reused else known.run["wall_s"],
         known.run["config_digest"],
         known.run["digest"],
     )

@@ -57,6 +57,10 @@ class BlobCache:
         self._make_room(blob.size)
         self._store.adopt(path, blob.digest)
 
+    def has(self, digest: str) -> bool:
+        """Whether the blob is present, intact or not."""
+        return self._store.has(digest)
+
     def digests(self, min_bytes: int = 0) -> list[str]:
         """The blobs of at least `min_bytes` bytes that are present."""
         sizes = {digest: status.st_size for digest, status in self._entries()}

@@ -35,6 +35,8 @@ NEARLY_DONE_SHARE = 0.5
 FAREWELL_S = 3.0
 # How long a thread that was told to end is waited for.
 LET_GO_S = 1.0
+# In the directory of a task: outputs that were computed before.
+RECALLED = "recalled"
 # How long a checkpoint is tried while nobody answers.
 CHECKPOINT_PATIENCE_S = 20.0
 
@@ -92,26 +94,39 @@ class LeasedTask:
 
     def _do(self, out_dir: Path, connect: Connect) -> None:
         begin = time.monotonic()
-        memo, key = self._joined.memo, None
-        if memo is not None:
-            key = memo_key(self._spec, self._joined.experiment, self._joined.fingerprint)
-        outcome = memo.recall(key, out_dir) if memo and key else None
         fetched: dict[str, int] = {}
+        outcome = self._recalled(out_dir)
         if outcome is None:
             outcome, fetched = self._compute(out_dir, connect)
-            if memo and key:
-                memo.remember(key, outcome)
-        else:
-            self._say(f"{self._lease.task_id}: computed before, taken from what is kept here")
         sent = sum(self._upload(name, outcome) for name in sorted(outcome.files))
         result = outcome.result.model_copy(update={"fetched_bytes": fetched})
-        self._client.complete(*self._key, result)
+        counted_before = self._client.complete(*self._key, result)
+        if not (counted_before or outcome.result.reused):
+            self._remember(outcome)
         self._keep(outcome)
         self._say(
             f"{self._lease.task_id}: done in {time.monotonic() - begin:.1f} s"
             + (f", loss {result.loss_sum / result.tokens:.4f}" if result.loss_sum and result.tokens else "")
             + f", {sum(fetched.values()) / 1e6:.1f} MB in, {sent / 1e6:.1f} MB out"
         )
+
+    def _recalled(self, out_dir: Path) -> TaskOutcome | None:
+        """What is kept of the task. Not where it is leased again: a second opinion is to be one."""
+        memo, key = self._joined.memo, self._memo_key()
+        if memo is None or key is None or self._lease.fence > 1:
+            return None
+        outcome = memo.recall(key, out_dir / RECALLED)
+        if outcome is not None:
+            self._say(f"{self._lease.task_id}: computed before, taken from what is kept here")
+        return outcome
+
+    def _remember(self, outcome: TaskOutcome) -> None:
+        memo, key = self._joined.memo, self._memo_key()
+        if memo is not None and key is not None:
+            memo.remember(key, outcome)
+
+    def _memo_key(self) -> str | None:
+        return memo_key(self._spec, self._joined.experiment, self._joined.fingerprint)
 
     def _compute(self, out_dir: Path, connect: Connect) -> tuple[TaskOutcome, dict[str, int]]:
         """What the task comes to, and the bytes that were fetched for it by what they were."""

@@ -1,7 +1,8 @@
 """Results of tasks that were computed here before: a task is a pure function, so its outputs are as good as new.
 
-A task is known by all that decides its bits: its spec (blobs by digest), the parts of the configuration that its kind
+A task is known by what decides its bits: its spec (blobs by digest), the parts of the configuration that its kind
 reads, the numerics version and the fingerprint class of the machine. Runs that share a beginning share its results.
+Only what has counted is kept; whether it is right a memo cannot tell, so a task that is leased again is computed.
 """
 
 from __future__ import annotations
@@ -10,26 +11,20 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from configs.load import NUMERICS_VERSION
 from configs.schema import Experiment
-from model.store import write_whole
 from protocol.tasks import BlobRef, FeaturizeSpec, PackSpec, TaskResult, TrainSpec
-from worker.cache import BlobCache, CacheTooSmall
+from worker.cache import BlobCache
 from worker.outcome import TaskOutcome
 from worker.task import AnySpec
 from worker.task_path import MIXTURE
 
 FORMAT = 1
-
-
-class NotKept(LookupError):
-    """An output that is not here any more."""
 
 
 def memo_key(spec: AnySpec, experiment: Experiment, fingerprint: str) -> str | None:
@@ -57,6 +52,8 @@ def decisive(spec: AnySpec, experiment: Experiment) -> dict[str, Any]:
     if model != MIXTURE:  # one path of the mixture's levels, whatever modules they offer
         levels = [{**level, "modules": 1} for level in levels]
     found: dict[str, Any] = {"model": experiment.model.model_dump(mode="json"), "levels": levels}
+    if isinstance(spec, FeaturizeSpec) and spec.mode == "look":
+        found["paths"] = topology.num_paths
     if isinstance(spec, TrainSpec):
         found["inner"] = experiment.inner.model_dump(mode="json")
         found["prefix_tokens"] = experiment.sharding.prefix_tokens
@@ -73,21 +70,30 @@ class Memo:
         self._results.mkdir(parents=True, exist_ok=True)
         self._blobs = BlobCache(root, limit_bytes)
 
-    def recall(self, key: str, out_dir: Path) -> TaskOutcome | None:
-        """The outcome, its files in `out_dir`; None where it, or a part of it, is not here any more."""
+    def recall(self, key: str, into: Path) -> TaskOutcome | None:
+        """The outcome, its files in `into`, a directory of their own: they are to be read, never written.
+
+        None where the result, or a part of it, is not here any more or cannot be had.
+        """
         entry = self._results / key
         try:
             result = TaskResult.model_validate_json(entry.read_bytes())
-            files = {name: self._placed(blob, out_dir / name) for name, blob in result.outputs.items()}
-        except (FileNotFoundError, NotKept, CacheTooSmall, ValidationError):
-            entry.unlink(missing_ok=True)
+            held = {name: self._held(blob) for name, blob in result.outputs.items()}
+            if None in held.values():
+                raise FileNotFoundError(entry)
+            into.mkdir()
+            files = {name: _linked(path, into / name) for name, path in held.items() if path is not None}
+        except (OSError, ValueError):  # among them what pydantic and a cache without room raise
+            with suppress(OSError):
+                entry.unlink(missing_ok=True)
+                shutil.rmtree(into, ignore_errors=True)
             return None
         finally:
             self._blobs.release_all()
-        return TaskOutcome(files, result)
+        return TaskOutcome(files, result.model_copy(update={"reused": True}))
 
     def remember(self, key: str, outcome: TaskOutcome) -> None:
-        """Keep what was computed, if there is room; the files of the outcome stay where they are."""
+        """Keep what was computed and has counted, if there is room; the files of the outcome stay where they are."""
         if outcome.result.resumed_steps:
             return
         with suppress(OSError, ValueError):
@@ -96,17 +102,22 @@ class Memo:
                 copies = {name: _linked(path, scratch / name) for name, path in outcome.files.items()}
                 for name, copy in copies.items():
                     self._blobs.adopt(copy, outcome.result.outputs[name])
-                write_whole(self._results / key, outcome.result.model_dump_json() + "\n")
             finally:
                 shutil.rmtree(scratch, ignore_errors=True)
+            own = Path(tempfile.mkdtemp(dir=self._results))  # another worker may remember the same task now
+            try:
+                (own / key).write_text(outcome.result.model_dump_json() + "\n", encoding="utf-8")
+                os.replace(own / key, self._results / key)
+            finally:
+                shutil.rmtree(own, ignore_errors=True)
 
-    def _placed(self, blob: BlobRef, path: Path) -> Path:
-        held, _ = self._blobs.hold(blob, _not_kept)
-        return _linked(held, path)
+    def _held(self, blob: BlobRef) -> Path | None:
+        """Its file, verified; None where it is not here."""
+        return self._blobs.hold(blob, _absent)[0] if self._blobs.has(blob.digest) else None
 
 
-def _not_kept(digest: str, path: Path) -> int:
-    raise NotKept(f"blob {digest} is not kept")
+def _absent(digest: str, path: Path) -> int:
+    raise FileNotFoundError(digest)
 
 
 def _linked(source: Path, target: Path) -> Path:

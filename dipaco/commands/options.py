@@ -25,7 +25,7 @@ Reuse = Annotated[
     Path | None,
     typer.Option(
         help="Folder that keeps results of tasks: one that was computed before, in this run or in another that shares "
-        "its beginning, is not computed again. At most execution.cache_bytes; may be shared, and deleted."
+        "its beginning, is not computed again. Outputs of at most execution.cache_bytes; may be shared, and deleted."
     ),
 ]
 Verify = Annotated[

@@ -50,7 +50,7 @@ class FakeCoordinator:
         self.beats: Counter[str] = Counter()
         self.leased = 0
         self.heartbeat_s = 30.0
-        self.finishes = True
+        self.finishes = self.counts = True
         self.on_beat: Callable[[int], bool] = lambda steps: False
         self.on_upload: Callable[[], None] = lambda: None
         self.waiting, self.closed = threading.Event(), threading.Event()
@@ -83,7 +83,7 @@ class FakeCoordinator:
         }
         self.completed[task_id] = result
         self.uploads = {}
-        return False
+        return not self.counts
 
     def save_progress(self, worker_id: str, task_id: str, fence: int, checkpoint: Checkpoint) -> bool:
         header, _ = self.uploads.pop("checkpoint")
@@ -114,11 +114,15 @@ class FakeCoordinator:
 class Stage:
     """A worker with its fake coordinator."""
 
-    def __init__(self, run: TinyRun, specs: Sequence[TrainSpec], grace_s: float = 10.0) -> None:
+    def __init__(
+        self, run: TinyRun, specs: Sequence[TrainSpec], grace_s: float = 10.0, reuse: Path | None = None
+    ) -> None:
         self.coordinator = FakeCoordinator(run, specs, Execution(grace_s=grace_s))
         self.said: list[str] = []
         self.cache = run.root / "cache"
-        self.worker = Worker(lambda patience_s: self.coordinator, self.cache, "me", OFFER, self.said.append)
+        self.worker = Worker(
+            lambda patience_s: self.coordinator, self.cache, "me", OFFER, self.said.append, None, reuse
+        )
 
     def run(self) -> int:
         return self.worker.run()
@@ -163,6 +167,28 @@ def test_what_it_made_itself_need_not_be_fetched(run: TinyRun) -> None:
     stage.run()
     assert sum(stage.coordinator.completed["train/TRAIN/2/0"].fetched_bytes.values()) == 0
     assert set(stage.coordinator.cached[0]) == set()
+
+
+def test_what_has_counted_is_not_computed_again_unless_it_is_leased_again(run: TinyRun, tmp_path: Path) -> None:
+    spec = run.train_spec(run.add_modules("base"), outer="assign")
+    first, second = Stage(run, [spec, spec], reuse=tmp_path / "kept"), Stage(run, [spec], reuse=tmp_path / "kept")
+    first.run()
+    computed, again = first.coordinator.completed.values()
+    assert (computed.reused, again.reused) == (False, False), "the second lease asks for a second opinion"
+    second.run()
+    (kept,) = second.coordinator.completed.values()
+    assert (kept.reused, kept.fetched_bytes) == (True, {})
+    assert (kept.outputs, kept.step_losses) == (computed.outputs, computed.step_losses)
+    assert second.coordinator.fetched == []
+
+
+def test_what_did_not_count_is_not_kept(run: TinyRun, tmp_path: Path) -> None:
+    spec = run.train_spec(run.add_modules("base"), outer="assign")
+    first, second = Stage(run, [spec], reuse=tmp_path / "kept"), Stage(run, [spec], reuse=tmp_path / "kept")
+    first.coordinator.counts = False
+    first.run()
+    second.run()
+    assert [result.reused for result in second.coordinator.completed.values()] == [False]
 
 
 def test_headers_declare_the_tensors(run: TinyRun) -> None:

@@ -153,16 +153,15 @@ def kept(tmp_path: Path) -> tuple[Memo, TaskOutcome]:
 
 def test_what_was_kept_comes_back(kept: tuple[Memo, TaskOutcome], tmp_path: Path) -> None:
     memo, outcome = kept
-    (tmp_path / "out").mkdir()
     found = memo.recall("k" * 64, tmp_path / "out")
     assert found is not None
-    assert found.result == outcome.result
+    assert found.result == outcome.result.model_copy(update={"reused": True})
     assert {name: path.read_bytes() for name, path in found.files.items()} == {
         "tokens": b"some tokens",
         "more": b"some more",
     }
     assert outcome.files["tokens"].is_file(), "the worker still uploads its own file"
-    assert memo.recall("n" * 64, tmp_path) is None
+    assert memo.recall("n" * 64, tmp_path / "none") is None
 
 
 def _damage(path: Path) -> None:
@@ -180,17 +179,31 @@ def test_a_damaged_or_lost_output_is_computed_again(
     (tmp_path / "memo" / blob.digest).unlink()
     shutil.move(copy, tmp_path / "memo" / blob.digest)  # a file of its own, not the output under another name
     harm(tmp_path / "memo" / blob.digest)
-    (tmp_path / "out").mkdir()
     assert memo.recall("k" * 64, tmp_path / "out") is None
+    assert not (tmp_path / "out").exists(), "what is computed instead is not written over what is kept"
+    assert len(list((tmp_path / "memo").glob("[0-9a-f]*"))) == 1, "and nothing else goes with it"
     memo.remember("k" * 64, outcome)
     assert memo.recall("k" * 64, tmp_path / "out") is not None
+
+
+def test_a_folder_that_gives_nothing_harms_no_task(
+    kept: tuple[Memo, TaskOutcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    memo, outcome = kept
+    monkeypatch.setattr("worker.memo.os.link", full)
+    monkeypatch.setattr("worker.memo.shutil.copyfile", full)
+    assert memo.recall("k" * 64, tmp_path / "out") is None
+    memo.remember("o" * 64, outcome)
 
 
 def test_an_entry_that_is_no_result_is_forgotten(kept: tuple[Memo, TaskOutcome], tmp_path: Path) -> None:
     memo, _ = kept
     entry = tmp_path / "memo" / "results" / ("k" * 64)
     entry.write_text("{}garbage")
-    assert memo.recall("k" * 64, tmp_path) is None
+    assert memo.recall("k" * 64, tmp_path / "out") is None
     assert not entry.exists()
 
 
