@@ -26,8 +26,6 @@ TOLERANCE = 1e-5
 # The logit of a path that is no label. Those of the others sum to about zero in every row, so that the largest is not
 # below it and such a path's posterior never above exp(-30).
 ABSENT_LOGIT = -30.0
-# Of a soft label: smaller parts cost time and teach nothing.
-LEAST_SHARE = 1e-3
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +124,7 @@ def _fit(
     present = targets.any(axis=0)
     weights, bias, converged = np.zeros((matrix.shape[1], num_paths)), np.full(num_paths, ABSENT_LOGIT), True
     weights[:, present], bias[present], converged = _regression(
-        row_products(rows - mean, matrix), targets[:, present], config.regularization
+        row_products(rows - mean, matrix), targets[:, present], config.regularization, config.temperature is not None
     )
     gater = Gater(mean, matrix, weights, bias, prefix_tokens)
     if config.match_labels:
@@ -140,18 +138,16 @@ def _fit(
 def _targets(
     labels: Int64[np.ndarray, " N"], losses: Float64[np.ndarray, "N P"], temperature: float | None
 ) -> Float64[np.ndarray, "N P"]:
-    """What every row is to be: its label wholly, or its paths in shares; small shares are left out."""
+    """What every row is to be: its label wholly, or its paths in shares."""
     targets: npt.NDArray[np.float64] = np.eye(losses.shape[1])[labels]
     if temperature is not None:
         targets = np.exp((losses.min(axis=1, keepdims=True) - losses) / temperature)
-        targets /= targets.sum(axis=1, keepdims=True)
-        targets[targets < LEAST_SHARE] = 0.0
         targets /= targets.sum(axis=1, keepdims=True)
     return targets
 
 
 def _regression(
-    x: Float64[np.ndarray, "N E"], targets: Float64[np.ndarray, "N K"], regularization: float
+    x: Float64[np.ndarray, "N E"], targets: Float64[np.ndarray, "N K"], regularization: float, soft: bool
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64], bool]:
     """Weights (E, K) and bias (K) of the K paths that are targets, and whether they converged."""
     from sklearn.exceptions import ConvergenceWarning
@@ -160,18 +156,45 @@ def _regression(
     count = targets.shape[1]
     if count == 1:
         return np.zeros((x.shape[1], 1)), np.zeros(1), True
+    if soft:
+        return _soft_regression(x, targets, regularization)
     # Of two classes sklearn fits the difference d of the weights, which are then -d / 2 and d / 2: the sum of their
     # squares is d ** 2 / 2, so that the same penalty is half as large for d.
     scale = 2.0 if count == 2 else 1.0
     model = LogisticRegression(C=scale / regularization, solver="lbfgs", tol=TOLERANCE, max_iter=MAX_ITERATIONS)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
-        rows, paths = np.nonzero(targets)
-        model.fit(x[rows], paths, sample_weight=targets[rows, paths])
+        model.fit(x, targets.argmax(axis=1))
     weights, bias = model.coef_, model.intercept_
     if count == 2:
         weights, bias = np.concatenate([-weights, weights]) / 2, np.concatenate([-bias, bias]) / 2
     return weights.T, bias, bool(model.n_iter_.max() < MAX_ITERATIONS)
+
+
+def _soft_regression(
+    x: Float64[np.ndarray, "N E"], targets: Float64[np.ndarray, "N K"], regularization: float
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64], bool]:
+    """The same for distributions; sklearn would take them only as N times K weighted rows."""
+    from scipy.optimize import minimize
+
+    shape = (x.shape[1] + 1, targets.shape[1])  # the bias is the last row
+    penalty = np.full(shape, regularization / len(x))
+    penalty[-1] = 0.0
+
+    def mean_loss(flat: npt.NDArray[np.float64]) -> tuple[float, npt.NDArray[np.float64]]:
+        both = flat.reshape(shape)
+        logits = x @ both[:-1] + both[-1]
+        logits -= logits.max(axis=1, keepdims=True)
+        totals = np.exp(logits).sum(axis=1, keepdims=True)
+        loss = (np.log(totals).sum() - (targets * logits).sum()) / len(x) + 0.5 * (penalty * both**2).sum()
+        residual = (np.exp(logits) / totals - targets) / len(x)
+        slope = penalty * both + np.concatenate([x.T @ residual, residual.sum(axis=0, keepdims=True)])
+        return float(loss), slope.ravel()
+
+    options = {"maxiter": MAX_ITERATIONS, "maxfun": 2 * MAX_ITERATIONS, "gtol": TOLERANCE, "ftol": 0.0}
+    found = minimize(mean_loss, np.zeros(shape).ravel(), jac=True, method="L-BFGS-B", options=options)
+    both = found.x.reshape(shape)
+    return both[:-1], both[-1], bool(found.nit < MAX_ITERATIONS)
 
 
 def _described(
