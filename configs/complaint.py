@@ -15,9 +15,10 @@ from configs.schema import Config
 Keys = tuple[int | str, ...]
 
 
-def complaint(errors: list[ErrorDetails], data: Any) -> str:
+def complaint(errors: list[ErrorDetails], data: Any, schema: type[BaseModel] = Config) -> str:
     """The first key that is wrong, all alternatives of its type joined, and how many more keys are wrong.
 
+    `schema`: what the data was held against, whose keys an unknown one may have meant.
     An unknown key comes first: it often is the misspelt form of one that seems to be missing.
     """
     errors = sorted(errors, key=lambda error: error["type"] != "extra_forbidden")
@@ -26,7 +27,7 @@ def complaint(errors: list[ErrorDetails], data: Any) -> str:
     rest = len(set(places)) - 1
     more = f" (and {rest} more wrong {'key' if rest == 1 else 'keys'})" if rest else ""
     if error["type"] == "extra_forbidden":
-        return f"unknown key {key} (value {shown(error['input'])}){_suggestion(first)}{more}"
+        return f"unknown key {key} (value {shown(error['input'])}){_suggestion(first, schema)}{more}"
     if error["type"] == "missing":
         return f"key {key} is missing{more}"
     if error["type"] == "union_tag_not_found":
@@ -100,9 +101,9 @@ def _expectation(error: ErrorDetails) -> str:
     return error["msg"].removeprefix("Input should be ")
 
 
-def _suggestion(keys: Keys) -> str:
+def _suggestion(keys: Keys, schema: type[BaseModel]) -> str:
     """The key that was probably meant, among all keys of the schema."""
-    near = difflib.get_close_matches(str(keys[-1]), sorted(_known_keys(Config)), n=1, cutoff=0.75)
+    near = difflib.get_close_matches(str(keys[-1]), sorted(_known_keys(schema)), n=1, cutoff=0.75)
     return f"; did you mean {near[0]!r}?" if near else ""
 
 

@@ -26,7 +26,7 @@ class InvalidConfig(ValueError):
     """A configuration that cannot be run; the message is one sentence with file, key, value and what was expected."""
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
+class UniqueKeyLoader(yaml.SafeLoader):
     """YAML in which a key that stands twice in one mapping is an error instead of a silent last one wins."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
@@ -55,14 +55,16 @@ def text_of(path: Path) -> str:
         raise InvalidConfig(f"cannot read the configuration file {path}: {error}") from None
 
 
-def mapping_in(text: str, source: str) -> dict[str, Any]:
-    """The mapping with the key 'experiment' that YAML (or JSON) text holds; raises InvalidConfig."""
+def mapping_in(
+    text: str, source: str, key: str = "experiment", loader: type[UniqueKeyLoader] = UniqueKeyLoader
+) -> dict[str, Any]:
+    """The mapping, with `key` in it, that YAML (or JSON) text holds; raises InvalidConfig."""
     try:
-        data = yaml.load(text, Loader=_UniqueKeyLoader)
+        data = yaml.load(text, Loader=loader)
     except yaml.YAMLError as error:
         raise InvalidConfig(f"{source}{_place(error)}: not valid YAML: {_problem(error)}") from None
     if not isinstance(data, dict):
-        raise InvalidConfig(f"{source}: expected a mapping with the key 'experiment', found {shown(data)}")
+        raise InvalidConfig(f"{source}: expected a mapping with the key {key!r}, found {shown(data)}")
     return data
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from coordinator.journal import RunUnusable
 from coordinator.state import Version
@@ -62,13 +63,19 @@ def serve_run(run_dir: Path, doors: Doors, offer: Offer, say: Callable[[str], No
     """
     doors.check()
 
-    async def until_signalled() -> bool:
+    return until_signalled(lambda signals: serve_until(signals, run_dir, doors, offer, say))
+
+
+def until_signalled(serve: Callable[[Signals], Coroutine[Any, Any, bool]]) -> bool:
+    """What `serve` returns, which hears of SIGINT and SIGTERM."""
+
+    async def served() -> bool:
         signals = Signals()
         for number in (signal.SIGINT, signal.SIGTERM):
             asyncio.get_running_loop().add_signal_handler(number, signals.hear)
-        return await serve_until(signals, run_dir, doors, offer, say)
+        return await serve(signals)
 
-    return asyncio.run(until_signalled())
+    return asyncio.run(served())
 
 
 async def serve_until(
@@ -113,27 +120,30 @@ def greeting(model: ServedModel, opened: OpenDoors, doors: Doors) -> list[str]:
     """What a person needs to know once the server listens."""
     scheme = "http" if doors.tls is None else "https"
     lines = [
-        f"serving {model.name} ({model.topology.num_paths} paths, {model.snapshot}), {_who(doors)}",
+        f"serving {model.name} ({model.topology.num_paths} paths, {model.snapshot}), {admitted(doors)}",
         f"HTTP  {scheme}://{opened.http}/v1",
     ]
     if opened.grpc is not None:
         lines.append(f"gRPC  {opened.grpc} (dipaco.inference.v1.Generation)")
+    return [*lines, *unencrypted(opened, doors)]
+
+
+def unencrypted(opened: OpenDoors, doors: Doors) -> list[str]:
+    """The warning that a door beyond this machine deserves without TLS."""
     exposed = [str(address) for address in (opened.http, opened.grpc) if address and not address.is_loopback]
-    if exposed and doors.tls is None:
-        lines.append(f"traffic to {' and '.join(exposed)} is not encrypted: give --tls-cert and --tls-key")
-    return lines
+    if not exposed or doors.tls is not None:
+        return []
+    return [f"traffic to {' and '.join(exposed)} is not encrypted: give --tls-cert and --tls-key"]
 
 
-def _who(doors: Doors) -> str:
+def admitted(doors: Doors) -> str:
+    """Who may come in."""
     return "for anyone who reaches it" if doors.keys is None else "for those with an API key"
 
 
 def _model(run: FollowedRun, taken: Taken, offer: Offer) -> ServedModel:
-    name = offer.name or run.first.config.name
-    if "/" in name or not name.isprintable():
-        raise Refused(f"the name {name!r} cannot be a model's: printable characters without /, please; give --name")
     return ServedModel(
-        name=name,
+        name=model_name(offer.name or run.first.config.name),
         topology=run.topology,
         tokenizer=run.tokenizer,
         created_s=int(time.time()),
@@ -141,6 +151,13 @@ def _model(run: FollowedRun, taken: Taken, offer: Offer) -> ServedModel:
         has_router_lm=taken.router_lm is not None,
         snapshot=taken.name,
     )
+
+
+def model_name(name: str) -> str:
+    """The name itself; raises Refused where it cannot be a model's."""
+    if not name or "/" in name or not name.isprintable():
+        raise Refused(f"the name {name!r} cannot be a model's: printable characters without /, please; give --name")
+    return name
 
 
 def _limits(run: FollowedRun, offer: Offer) -> Limits:

@@ -190,7 +190,7 @@ class Answering:
             raise BadRequest(
                 f"{texts} texts are asked for (prompts times n), this server writes {self.limits.texts}", "n"
             )
-        max_tokens = self._max_tokens(asked)
+        max_tokens = self.limits.new_tokens_of(asked.max_tokens)
         answer = Answer(asked, routing, self.model, self.metrics, self.admission.leave)
         self.admission.enter()
         try:
@@ -220,28 +220,7 @@ class Answering:
             )
             answer.ask(self.engine, index, request)
 
-    def _max_tokens(self, asked: Asked) -> int:
-        if asked.max_tokens is not None and asked.max_tokens > self.limits.new_tokens:
-            raise BadRequest(
-                f"max_tokens is {asked.max_tokens}, this server writes up to {self.limits.new_tokens}", "max_tokens"
-            )
-        return asked.max_tokens or self.limits.new_tokens
-
     def _prompts(self, asked: Asked) -> list[list[int]]:
         """Token ids of the prompts; raises BadRequest."""
         name = "messages" if asked.chat else "prompt"
-        prompts = []
-        for prompt in asked.prompts:
-            tokens = self.model.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
-            beyond = [token for token in tokens if token >= self.model.tokenizer.vocab_size]
-            if beyond:
-                size = self.model.tokenizer.vocab_size
-                raise BadRequest(f"token {beyond[0]} is not in the vocabulary, whose ids are 0 to {size - 1}", name)
-            if len(tokens) > self.limits.prompt_tokens:
-                raise BadRequest(
-                    f"the prompt has {len(tokens)} tokens, this server takes {self.limits.prompt_tokens}; shorten it",
-                    name,
-                    "context_length_exceeded",
-                )
-            prompts.append(tokens)
-        return prompts
+        return [self.limits.tokens_of(prompt, self.model.tokenizer, name) for prompt in asked.prompts]

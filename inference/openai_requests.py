@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -84,7 +84,7 @@ class _Part(BaseModel):
     text: str
 
 
-class _Message(BaseModel):
+class Message(BaseModel):
     model_config = ConfigDict(extra="forbid")
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[_Part] | None = None
@@ -93,7 +93,7 @@ class _Message(BaseModel):
 
 
 class _Chat(_Body):
-    messages: Annotated[list[_Message], Field(min_length=1)]
+    messages: Annotated[list[Message], Field(min_length=1)]
     max_completion_tokens: Annotated[int, Field(ge=1, strict=True)] | None = None
 
 
@@ -134,7 +134,7 @@ def chat_asked(data: bytes) -> Asked:
     return _asked(body, [chat_prompt(body.messages)], body.max_completion_tokens or body.max_tokens, chat=True)
 
 
-def chat_prompt(messages: Sequence[_Message]) -> str:
+def chat_prompt(messages: Sequence[Message]) -> str:
     """Instructions as they are, `User:` and `Assistant:` before the turns, and the place of the next answer."""
     turns = []
     for message in messages:
@@ -147,18 +147,28 @@ def chat_prompt(messages: Sequence[_Message]) -> str:
 TURN_ENDS = ("\nUser:", "\nAssistant:")
 """Where the answer of a chat ends beside the stop strings that are asked for."""
 
-BodyOf = TypeVar("BodyOf", bound=_Body)
+BodyOf = TypeVar("BodyOf", bound=BaseModel)
 
 
 def _parsed(data: bytes, kind: type[BodyOf]) -> BodyOf:
+    return checked(without_nothing(fields_of(data)), kind)
+
+
+def fields_of(data: bytes) -> dict[str, Any]:
+    """The JSON object in a body; raises BadRequest."""
     try:
         fields = json.loads(data)
     except (ValueError, RecursionError) as error:
         raise BadRequest(f"the body is not JSON: {error}") from None
     if not isinstance(fields, dict):
         raise BadRequest("the body must be one JSON object")
+    return fields
+
+
+def checked(fields: Mapping[str, Any], kind: type[BodyOf]) -> BodyOf:
+    """The fields as they should be; raises BadRequest."""
     try:
-        return kind.model_validate(_without_nothing(fields))
+        return kind.model_validate(fields)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         place = ".".join(str(part) for part in first["loc"][:1]) or None
@@ -174,13 +184,16 @@ def _complaint(first: Mapping[str, Any], place: str | None) -> str:
     return f"{place} is {given[:80]}: {first['msg'][0].lower()}{first['msg'][1:]}"
 
 
-def _without_nothing(fields: dict[str, Any]) -> dict[str, Any]:
-    """The fields without those that ask for nothing; raises BadRequest for those that ask for what is not there."""
+def without_nothing(fields: Mapping[str, Any], allowed: Container[str] = ()) -> dict[str, Any]:
+    """The fields without those that ask for nothing; raises BadRequest for those that ask for what is not there.
+
+    `allowed` are kept whatever they ask for.
+    """
     kept = {}
     for name, value in fields.items():
         if name in _IGNORED:
             continue
-        if name not in _NOTHING:
+        if name not in _NOTHING or name in allowed:
             kept[name] = value
         elif json.dumps(value) not in _NOTHING[name]:
             why = _WHY.get(name, "this server has nothing of the kind")

@@ -49,6 +49,14 @@ class EngineFailed(RuntimeError):
     """A generation broke in the middle; the server's log says more."""
 
 
+class NoPathAnswers(Busy):
+    """The backends of all paths that were asked failed."""
+
+
+class BackendLost(EngineFailed):
+    """A backend broke off in the middle of its answer."""
+
+
 STATUS_OF: dict[type[Exception], int] = {
     BadRequest: 400,
     BadKey: 401,
@@ -57,6 +65,7 @@ STATUS_OF: dict[type[Exception], int] = {
     Busy: 429,
     Draining: 503,
     EngineFailed: 500,
+    NoPathAnswers: 503,
     # from the engine
     PromptTooLong: 400,
     NoRouterLM: 400,
@@ -73,6 +82,8 @@ _CODE_OF: dict[type[Exception], str] = {
     BodyTooLarge: "request_too_large",
     Busy: "rate_limit_exceeded",
     Draining: "server_draining",
+    NoPathAnswers: "no_path_answers",
+    BackendLost: "backend_lost",
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -24,6 +25,27 @@ class Limits:
     texts: int = 16
     running: int = 16
     waiting: int = 64
+
+    def new_tokens_of(self, asked: int | None) -> int:
+        """How many tokens are written where `asked` are asked for; raises BadRequest."""
+        if asked is not None and asked > self.new_tokens:
+            raise BadRequest(f"max_tokens is {asked}, this server writes up to {self.new_tokens}", "max_tokens")
+        return asked or self.new_tokens
+
+    def tokens_of(self, prompt: str | Sequence[int], tokenizer: Tokenizer, name: str) -> list[int]:
+        """The token ids of a prompt, which is the field `name` of a request; raises BadRequest."""
+        tokens = tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        beyond = [token for token in tokens if token >= tokenizer.vocab_size]
+        if beyond:
+            last = tokenizer.vocab_size - 1
+            raise BadRequest(f"token {beyond[0]} is not in the vocabulary, whose ids are 0 to {last}", name)
+        if len(tokens) > self.prompt_tokens:
+            raise BadRequest(
+                f"the prompt has {len(tokens)} tokens, this server takes {self.prompt_tokens}; shorten it",
+                name,
+                "context_length_exceeded",
+            )
+        return tokens
 
 
 @dataclass(frozen=True, slots=True)

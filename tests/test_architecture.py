@@ -31,6 +31,7 @@ MAY_USE_GRPC = {"service.py", "server.py", "client.py"}
 TORCH_FREE = ["configs", "protocol", "model.topology", "model.layout", "model.inner_state", "corpus"]
 TORCH_FREE += [f"routing.{name}" for name in ("agreement", "drift", "frozen", "gating", "load", "neighbours")]
 TORCH_FREE += ["routing.positions", "routing.sharding"]
+TORCH_FREE += [f"inference.{name}" for name in ("gateway_choice", "gateway_config", "gateway_events")]
 TORCH_FREE += [f"dipaco.{name}" for name in ("cloze_items", "cloze_routes", "cloze_score")]
 TORCH_FREE += [
     f"coordinator.{name}"
@@ -53,6 +54,7 @@ TORCH_FREE += [
         "snapshot",
     )
 ]
+GATEWAY_CORE = ["gateway_choice", "gateway_requests", "gateway_events", "gateway_chat"]
 GENERATED = {"dipaco_pb2.py", "dipaco_pb2_grpc.py", "inference_pb2.py", "inference_pb2_grpc.py"}
 
 
@@ -139,7 +141,9 @@ def test_the_state_machine_has_no_socket_file_thread_or_clock() -> None:
         assert not roots & forbidden, f"coordinator/{name}.py imports {roots & forbidden}"
 
 
-@pytest.mark.parametrize("name", ["stream", "schedule", "stepper", "batch_forward", "slots", "slot_attention"])
+@pytest.mark.parametrize(
+    "name", ["stream", "schedule", "stepper", "batch_forward", "slots", "slot_attention", *GATEWAY_CORE]
+)
 def test_an_engine_decides_without_socket_thread_or_clock(name: str) -> None:
     forbidden = {"socket", "threading", "asyncio", "time", "os", "pathlib", "subprocess", "datetime"}
     roots = {each.partition(".")[0] for each in imported(REPOSITORY / "inference" / f"{name}.py")}
@@ -206,6 +210,21 @@ FLAGS = {
         "--route",
         "--version",
         "--json",
+    },
+    "gateway": {
+        "--config",
+        "--backend",
+        "--partial",
+        "--http",
+        "--name",
+        "--api-key-file",
+        "--tls-cert",
+        "--tls-key",
+        "--insecure",
+        "--max-prompt-tokens",
+        "--max-tokens",
+        "--max-running",
+        "--drain-s",
     },
     "serve": {
         "--http",

@@ -13,6 +13,7 @@ from dipaco.commands.corpus import corpus
 from dipaco.commands.digest import digest
 from dipaco.commands.evaluate import evaluate
 from dipaco.commands.export import export
+from dipaco.commands.gateway import gateway
 from dipaco.commands.generate import generate
 from dipaco.commands.route import route
 from dipaco.commands.run import run
@@ -40,6 +41,7 @@ for command in (
     generate,
     chat,
     serve,
+    gateway,
     route,
     digest,
     corpus,
