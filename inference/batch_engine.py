@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -19,12 +20,21 @@ from inference.stepper import Event, Stepper
 from inference.stream import Reading, Served, Stream
 from routing.router import Router
 
-__all__ = ["BatchEngine", "BatchLimits", "EngineStats", "Full", "Ticket"]
+__all__ = ["BatchEngine", "BatchLimits", "EngineBroken", "EngineStats", "Full", "Ticket"]
+
+logger = logging.getLogger(__name__)
+
+
+class EngineBroken(RuntimeError):
+    """The engine met an error that it could not get over, and writes nothing any more."""
 
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
-    """Since the start; `running`, `waiting`, `rows` (of the newest step), bytes and `snapshots` as of now."""
+    """Since the start; `running`, `waiting`, `rows` (of the newest step), bytes and `snapshots` as of now.
+
+    `broken`: it takes no text any more and has failed those that it had.
+    """
 
     running: int = 0
     waiting: int = 0
@@ -39,6 +49,7 @@ class EngineStats:
     cache_bytes: int = 0
     slot_bytes: int = 0
     snapshots: int = 1
+    broken: bool = False
 
 
 @dataclass(eq=False)
@@ -91,14 +102,17 @@ class BatchEngine:
         self._changed = threading.Condition()
         self._tickets: dict[Stream, Ticket] = {}
         self._closing = self._cut = False
+        self._broken: BaseException | None = None
         self._thread = threading.Thread(target=self._work, name="batch-engine", daemon=True)
         self._thread.start()
 
     def submit(
         self, request: Request, emit: Callable[[GeneratedToken], None], failed: Callable[[Exception], None]
     ) -> Ticket:
-        """Ask for a generation; raises PromptTooLong, UnknownPath, NoRouterLM, UnknownToken and Full."""
+        """Ask for a generation; raises PromptTooLong, UnknownPath, NoRouterLM, UnknownToken, Full and EngineBroken."""
         with self._changed:
+            if self._broken is not None:
+                raise _broken_by(self._broken)
             stream = Stream(request, self._served, self._reading)
             self._forget_cancelled(waiting_only=True)
             if self._closing:
@@ -128,9 +142,10 @@ class BatchEngine:
         """As of now."""
         with self._changed:
             stepper, counts = self._stepper, self._stepper.counts
+            leaving = sum(ticket.is_cancelled and stream.slot < 0 for stream, ticket in self._tickets.items())
             return EngineStats(
                 running=len(stepper.schedule.running),
-                waiting=len(stepper.schedule.waiting),
+                waiting=len(stepper.schedule.waiting) - leaving,
                 rows=counts.rows,
                 steps=counts.steps,
                 tokens=counts.tokens,
@@ -142,27 +157,44 @@ class BatchEngine:
                 cache_bytes=stepper.modules.num_bytes,
                 slot_bytes=stepper.slots.num_bytes,
                 snapshots=len({id(self._served)} | {id(stream.served) for stream in self._tickets}),
+                broken=self._broken is not None,
             )
 
     def _work(self) -> None:
-        while self._wait():
-            for event in self._step():
-                self._tell(event)
+        try:
+            while self._wait():
+                self._step()
+        except BaseException as error:  # whatever it is, nobody may wait for a thread that has ended
+            logger.critical("the engine failed and writes nothing any more", exc_info=error)
+            with self._changed:
+                self._broken = error
+                self._stepper.schedule.clear()
         with self._changed:
             left, self._tickets = list(self._tickets.values()), {}
         for ticket in left:
             if not ticket.is_cancelled:
-                _fail(ticket, Full("the engine was closed before the text was written"))
+                closed = Full("the engine was closed before the text was written")
+                _fail(ticket, closed if self._broken is None else _broken_by(self._broken))
 
-    def _step(self) -> list[Event]:
-        """A step; where it fails as a whole, which is a defect, its texts end and the engine goes on."""
+    def _step(self) -> None:
+        """A step, told; where it fails as a whole, which is a defect, its texts end and the engine goes on.
+
+        What the step did before it failed is told first. Raises where the slots of those texts cannot be taken back.
+        """
+        failure: Exception | None = None
         try:
-            return self._stepper.step()
+            self._stepper.step()
         except Exception as error:
-            running = self._stepper.schedule.running
-            for stream in running:
-                self._stepper.drop(stream)
-            return [Event(stream, error) for stream in running]
+            failure = error
+        for event in self._stepper.take_events():
+            self._tell(event)
+        if failure is None:
+            return
+        with self._changed:
+            lost = [stream for stream in self._tickets if stream not in self._stepper.schedule.waiting]
+        for stream in lost:
+            self._stepper.drop(stream)
+            self._tell(Event(stream, failure))
 
     def _wait(self) -> bool:
         """Let cancelled texts go and others join, waiting until there is something to do. False: the thread ends."""
@@ -196,6 +228,11 @@ class BatchEngine:
         except Exception as error:
             ticket.cancel()
             _fail(ticket, error)
+
+
+def _broken_by(error: BaseException) -> EngineBroken:
+    """One for each who hears of it."""
+    return EngineBroken(f"the engine failed ({type(error).__name__}: {error}) and writes nothing any more; restart it")
 
 
 def _fail(ticket: Ticket, error: Exception) -> None:

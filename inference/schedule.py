@@ -90,6 +90,12 @@ class Schedule:
         elif stream in self.waiting:
             self.waiting.remove(stream)
 
+    def clear(self) -> None:
+        """Nothing is here any more: what comes after it is the end."""
+        self.waiting.clear()
+        self._running.clear()
+        self._reading.clear()
+
     def next_piece(self) -> tuple[Stream, int] | None:
         """A text with pending tokens, and up to which one it is run now; a long prompt lets shorter ones pass."""
         while self._reading:

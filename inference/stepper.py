@@ -50,6 +50,11 @@ class Stepper:
         self._events: list[Event] = []
         self._joined: list[Stream] = []
 
+    def take_events(self) -> list[Event]:
+        """Those of the newest step, also of one that failed in the middle; once."""
+        events, self._events = self._events, []
+        return events
+
     def join(self) -> None:
         """Give free slots to those that wait; apart from `step`, so that a shell can hold its lock meanwhile."""
         self._joined += self.schedule.join()
@@ -62,7 +67,7 @@ class Stepper:
         if stream.slot >= 0:
             self.slots.clear(stream.slot, len(stream.text))
 
-    def step(self) -> list[Event]:
+    def step(self) -> None:
         """Everything that is ready goes on by one token, and one text with tokens to be read by one piece."""
         self._events = []
         joined, self._joined = self._joined, []
@@ -70,7 +75,6 @@ class Stepper:
             self._guarded(self._begin, stream)
         self._read()
         self._write()
-        return self._events
 
     def _guarded(self, act: Callable[..., None], stream: Stream, *arguments: object) -> None:
         """Carry out one act for one text; where it fails the text ends."""

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from configs.schema import LevelConfig
-from inference.batch_engine import BatchEngine, BatchLimits, Full, Ticket
+from inference.batch_engine import BatchEngine, BatchLimits, EngineBroken, Full, Ticket
 from inference.engine import Engine, GeneratedToken, NoRouterLM, PromptTooLong, Request
 from inference.precision import Precision
 from inference.sampling import Sampling
@@ -272,6 +272,64 @@ def test_a_slot_is_clean_after_what_was_not_finite(mixture: Mixture, start: Call
     texts = [Request([5] * length, 10, Sampling(0.0), path=length % 4) for length in (3, 30)]
     for request, heard in [(request, ask(engine, request)) for request in texts]:
         agree(mixture, request, heard.whole())
+
+
+def test_a_step_that_fails_as_a_whole_tells_what_it_did_before(
+    mixture: Mixture, start: Callable[..., BatchEngine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = start(mixture, limits=BatchLimits(running=2))
+    stepper, failures = engine._stepper, iter([ZeroDivisionError("oh")])
+    write = stepper._write
+
+    def breaks_after_writing() -> None:
+        write()
+        if any(isinstance(each.outcome, GeneratedToken) and each.outcome.finish for each in stepper._events):
+            for error in failures:
+                raise error
+
+    monkeypatch.setattr(stepper, "_write", breaks_after_writing)
+    short, long = Heard(), Heard()
+    engine.submit(Request([6], 10_000, path=1, past_length="slide"), long.emit, long.failed)
+    wait_for(lambda: bool(long.tokens))
+    engine.submit(Request([5], 3, Sampling(0.0), path=0), short.emit, short.failed)
+    assert len(short.whole()) == 3
+    assert long.ended.wait(60)
+    assert str(long.errors[0]) == "oh"
+    assert len(ask(engine, Request([5], 5, Sampling(0.0), path=0)).whole()) == 5  # it goes on
+    assert not engine.stats().broken
+
+
+def test_an_engine_that_cannot_go_on_tells_everyone(
+    mixture: Mixture, start: Callable[..., BatchEngine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = start(mixture, limits=BatchLimits(running=2))
+    release = threading.Event()
+    slow = Heard()
+
+    def emit(token: GeneratedToken) -> None:
+        slow.emit(token)
+        assert release.wait(60)
+
+    def fails(*arguments: object) -> None:
+        raise MemoryError("no memory")
+
+    engine.submit(Request([5], 10_000, path=0, past_length="slide"), emit, slow.failed)
+    wait_for(lambda: bool(slow.tokens))
+    others = [ask(engine, Request([5], 50, path=0)) for _ in range(3)]  # one of them waits
+    for place in ("_read", "_write"):
+        monkeypatch.setattr(engine._stepper, place, fails)
+    monkeypatch.setattr(engine._stepper.slots, "clear", fails)
+    release.set()
+    for heard in (slow, *others):
+        assert heard.ended.wait(60)
+        assert len(heard.errors) == 1
+    told = [str(heard.errors[0]) for heard in (slow, *others)]
+    assert any("the engine failed (MemoryError: no memory) and writes nothing any more" in each for each in told)
+    wait_for(lambda: engine.stats().broken)
+    with pytest.raises(EngineBroken, match="restart it"):
+        ask(engine, Request([5], 1))
+    assert (engine.stats().running, engine.stats().waiting) == (0, 0)
+    engine.close()
 
 
 def test_close_drains_or_cuts(mixture: Mixture, start: Callable[..., BatchEngine]) -> None:
