@@ -1,6 +1,7 @@
 """A folder that appears whole or not at all, and takes another's place only where that was asked for and is an export.
 
-Filled under a hidden name beside the target, then renamed. What a killed export leaves is that hidden folder alone.
+Filled in a hidden folder beside the target, then renamed. What a killed export leaves is that hidden folder; one that
+is killed between the two renames of a replacement leaves both exports in it, as `made` and `replaced`.
 """
 
 from __future__ import annotations
@@ -21,6 +22,10 @@ from model.store import fsync_path
 
 MANIFEST = "export.json"
 """What an exported folder holds; also how one is told from any other folder."""
+
+
+REPLACED = "replaced"
+"""Where, in the hidden folder, an export waits that is being replaced."""
 
 
 class _Part(BaseModel):
@@ -104,9 +109,28 @@ def whole_folder(out: Path, *, overwrite: bool) -> Iterator[Path]:
         for folder in (made, *(path for path in made.rglob("*") if path.is_dir())):
             fsync_path(folder)
         refuse_to_replace(out, overwrite=overwrite)  # again: it took a while
-        if out.is_dir():
-            os.rename(out, aside / "replaced")
-        os.rename(made, out)
+        _replace(out, made, aside / REPLACED)
         fsync_path(out.parent)
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        if out.exists() or not (aside / REPLACED).exists():
+            shutil.rmtree(aside, ignore_errors=True)
+
+
+def _replace(out: Path, made: Path, replaced: Path) -> None:
+    """Rename what is at `out`, if anything, to `replaced`, and `made` to `out`; on any error all is as before.
+
+    Raises Refused where even that fails: both are whole then, under the hidden names that it says.
+    """
+    try:
+        if out.is_dir():
+            os.rename(out, replaced)
+        os.rename(made, out)
+    except BaseException as error:
+        if made.exists() and replaced.exists():
+            try:
+                os.rename(replaced, out)
+            except OSError:
+                raise Refused(
+                    f"{out} could not be replaced ({error}), nor put back: the former export is {replaced}"
+                ) from error
+        raise

@@ -59,6 +59,46 @@ def test_after_an_error_nothing_is_there_and_the_former_export_stays(tmp_path: P
     assert kept.run == "first"
 
 
+@pytest.mark.parametrize("error", [OSError("no"), KeyboardInterrupt()], ids=["refused", "interrupted"])
+@pytest.mark.parametrize("broken", [1, 2])
+def test_the_former_export_stays_where_a_rename_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, broken: int
+) -> None:
+    out, renames, rename = tmp_path / "out", [0], os.rename
+    fill(out, "first")
+
+    def breaks(source: Path, target: Path) -> None:
+        renames[0] += 1
+        if renames[0] == broken:
+            raise error
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", breaks)
+    with pytest.raises(type(error)):
+        fill(out, "second", overwrite=True)
+    assert (kept := read_manifest(out)) is not None
+    assert kept.run == "first"
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_where_nothing_can_be_put_back_both_exports_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, rename = tmp_path / "out", os.rename
+    fill(out, "first")
+
+    def breaks(source: Path, target: Path) -> None:
+        if target == out:
+            raise OSError("no")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", breaks)
+    with pytest.raises(Refused, match="nor put back: the former export is") as told:
+        fill(out, "second", overwrite=True)
+    (hidden,) = tmp_path.iterdir()
+    assert str(hidden / "replaced") in str(told.value)
+    found = [read_manifest(hidden / name) for name in ("replaced", "made")]
+    assert [each.run for each in found if each is not None] == ["first", "second"]
+
+
 def test_only_an_export_is_replaced_and_only_where_that_is_asked_for(tmp_path: Path) -> None:
     out = tmp_path / "out"
     fill(out, "first")
