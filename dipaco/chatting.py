@@ -5,8 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from dipaco.ending import Refused
+
 TURN_ENDS = ("\nUser:", "\nAssistant:")
 OPENING = "A conversation between a user and an assistant.\n"
+
+
+def room_for_turns(sequence_length: int, tokens: int, count: Callable[[str], int]) -> int:
+    """The tokens that a sequence has beside an answer of `tokens`; raises Refused where no turn could be read again."""
+    room = sequence_length - tokens
+    least = count(Conversation(turns=[("Hello", "Hello")]).prompt("Hello"))
+    if room < least:
+        raise Refused(
+            f"--tokens {tokens} leaves {max(room, 0)} of the {sequence_length} tokens of a sequence to the conversation, and "
+            f"one short turn takes {least}: every answer would forget the turns before it; "
+            + (f"give --tokens {sequence_length - least} or less" if sequence_length > least else "give --plain")
+        )
+    return room
 
 
 @dataclass

@@ -39,7 +39,7 @@ def chat(
     from rich.text import Text
 
     from coordinator.snapshot import RunSnapshot
-    from dipaco.chatting import TURN_ENDS, Conversation
+    from dipaco.chatting import TURN_ENDS, Conversation, room_for_turns
     from dipaco.early_stopping import version_named
     from dipaco.examples import Desk, Wish
     from dipaco.writing import show
@@ -51,7 +51,12 @@ def chat(
     console, colours, conversation = Console(), dict[str, str](), Conversation()
     with RunSnapshot.held(run) as snapshot:
         desk = Desk.open(snapshot, wish)
-        room = snapshot.config.experiment.model.sequence_length - tokens
+        length = snapshot.config.experiment.model.sequence_length
+
+        def count(text: str) -> int:
+            return len(desk.tokenizer.encode(text))
+
+        room = 0 if plain else room_for_turns(length, tokens, count)
         name = snapshot.config.name
         console.print(
             f"{name} is a base model: it continues text and was not trained to answer. An empty line ends.",
@@ -60,10 +65,7 @@ def chat(
         )
         so_far = ""
         while said := _line(console):
-            if plain:
-                prompt = so_far + said
-            else:
-                prompt = conversation.prompt_within(said, room, lambda text: len(desk.tokenizer.encode(text)))
+            prompt = so_far + said if plain else conversation.prompt_within(said, room, count)
             writing = desk.write(prompt, wish)
             try:
                 show(writing, console, colours)
