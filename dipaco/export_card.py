@@ -1,4 +1,4 @@
-"""The card of an export, README.md: what was exported, which text goes to which path, and how to load it."""
+"""The card of an export, README.md: what was exported, what each path was trained on, and how to load it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from coordinator.plan import MIXTURE
+from coordinator.plan import MIXTURE, ROUTING, SHARDING
 from coordinator.snapshot import RunSnapshot
 from dipaco.export_folder import Manifest
 from dipaco.training_sample import domain_shares
@@ -43,7 +43,7 @@ def card(snapshot: RunSnapshot, texts: Sequence[TextOfPath], manifest: Manifest)
     """The page in Markdown."""
     parts = [_front(manifest.format), _what(snapshot, manifest)]
     if texts:
-        parts.append(_which_text(texts, list(manifest.paths)))
+        parts.append(_which_text(texts, list(manifest.paths), shards_of(snapshot)))
     parts.append(_loading(manifest))
     if manifest.router is not None:
         parts.append(_routing(manifest.router, manifest))
@@ -82,11 +82,31 @@ def _what(snapshot: RunSnapshot, manifest: Manifest) -> str:
     return "\n\n".join(lines)
 
 
-def _which_text(texts: Sequence[TextOfPath], here: Sequence[str]) -> str:
+def shards_of(snapshot: RunSnapshot) -> str:
+    """Why each path was trained on what it was, and what that says of where new text goes."""
+    stages = [stage for stage in snapshot.state.stages.values() if stage.kind in ROUTING and stage.status == "done"]
+    dividing = [stage.kind for stage in stages if stage.kind in SHARDING]
+    sharding = snapshot.config.experiment.sharding.kind
+    by_chance = dividing[-1:] != ["reshard"] and sharding in ("random", "all")
+    if by_chance and sharding == "all":
+        said = "Every path was trained on all of the text, whatever its domain"
+    elif by_chance:
+        said = "Each path was trained on sequences that were drawn at random, whatever their domain"
+    else:
+        said = "Each path was trained on the sequences that a router gave to it"
+    if stages and stages[-1].kind == "gater":
+        gater = "The run's router is a gater that was fitted to the trained paths afterwards"
+        return f"{said}. {gater}: it divides new text otherwise"
+    if by_chance:
+        return f"{said}: this is not where new text goes"
+    return f"{said}, which is the router of the run: it divides new text alike"
+
+
+def _which_text(texts: Sequence[TextOfPath], here: Sequence[str], why: str) -> str:
     lines = [
-        "## Which text goes where",
+        "## What each path was trained on",
         "",
-        "What the router gave to each path in training, by the domains that the corpus names:",
+        f"{why}. By the domains that the corpus names:",
         "",
         "| path | share of training tokens | domains of its sequences |",
         "|---|---|---|",

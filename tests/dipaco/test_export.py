@@ -10,6 +10,8 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,6 +24,7 @@ from dipaco.__main__ import main
 from dipaco.ending import Refused
 from dipaco.examples import Wish, continuations
 from dipaco.export import ExportWish, export
+from dipaco.export_card import shards_of
 from dipaco.exported import is_exported, opened
 from inference.module_cache import DamagedModule
 from inference.sampling import Sampling
@@ -166,10 +169,35 @@ def test_a_path_with_its_router_says_what_belongs_elsewhere(
     assert "the router names path 1, which this folder does not hold" in complaints
 
 
+@pytest.mark.parametrize(
+    ("sharding", "stages", "sentence"),
+    [
+        ("kmeans", ["shard"], "the sequences that a router gave to it, which is the router of the run"),
+        ("random", ["shard"], "drawn at random, whatever their domain: this is not where new text goes"),
+        ("random", ["shard", "reshard"], "a router gave to it, which is the router of the run"),
+        (
+            "kmeans",
+            ["shard", "gater"],
+            "a router gave to it. The run's router is a gater that was fitted to the trained",
+        ),
+        ("random", ["shard", "gater"], "drawn at random, whatever their domain. The run's router is a gater"),
+    ],
+)
+def test_the_card_says_why_paths_were_trained_on_what_they_were(
+    sharding: str, stages: list[str], sentence: str
+) -> None:
+    done = {f"{kind}-{place}": SimpleNamespace(kind=kind, status="done") for place, kind in enumerate(stages)}
+    done["later"] = SimpleNamespace(kind="gater", status="waiting")
+    config = SimpleNamespace(experiment=SimpleNamespace(sharding=SimpleNamespace(kind=sharding)))
+    snapshot: Any = SimpleNamespace(state=SimpleNamespace(stages=done), config=config)
+    assert sentence in shards_of(snapshot)
+
+
 def test_the_card_says_which_text_goes_where(everything: Path) -> None:
     text = (everything / "README.md").read_text(encoding="utf-8")
     rows = [line for line in text.splitlines() if line.startswith(("| 0 |", "| 1 |"))]
     assert len(rows) == 2
+    assert "the sequences that a router gave to it" in text
     assert all("%" in row and ("onion" in row or "return" in row or "licensee" in row) for row in rows)
     for part in ("base model", "AutoModelForCausalLM", "hard link", "RouterArtefact", "dipaco generate FOLDER"):
         assert part in text, part
