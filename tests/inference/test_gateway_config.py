@@ -67,7 +67,7 @@ ONE = "url: http://127.0.0.1:1/v1, model: m"
         ("backends: {0.0: {url: 'http://', model: m}}", FLAGS[1:], "is none of an HTTP server"),
         ("backends: {0.0: {url: 'http://localhost:x/v1', model: m}}", FLAGS[1:], "is none: Port could not be cast"),
         ("backends: {0.0: {url: 'http://localhost/v1?a=b', model: m}}", FLAGS[1:], "has more than scheme"),
-        ("backends: {0.0: {url: 'http://me:pw@localhost/v1', model: m}}", FLAGS[1:], "keys go into api_key_file"),
+        ("backends: {0.0: {url: 'http://localhost:pw@127.0.0.1', model: m}}", FLAGS[1:], "keys go into api_key_file"),
         ("backends: {0.0: {" + ONE + ", api_key_env: NO}}", FLAGS[1:], "the environment variable NO holds no API key"),
         ("backends: {0.0: {" + ONE + ", api_key_env: EMPTY}}", FLAGS[1:], "variable EMPTY holds no API key"),
         ("backends: {0.0: {" + ONE + ", api_key_file: none}}", FLAGS[1:], "none cannot be read"),
