@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+import ssl
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
@@ -20,8 +21,8 @@ class FakeBackend:
     (two events and a proper end, but no [DONE]); held (two events, the rest once `release` is set); nonsense.
     """
 
-    def __init__(self, model: str) -> None:
-        self.model, self.mode = model, "ok"
+    def __init__(self, model: str, tls: ssl.SSLContext | None = None) -> None:
+        self.model, self.mode, self._tls = model, "ok", tls
         self.models_status = 200
         self.asked: list[dict[str, Any]] = []
         self.keys: list[str | None] = []
@@ -31,7 +32,7 @@ class FakeBackend:
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self._port}/v1"
+        return f"{'http' if self._tls is None else 'https'}://127.0.0.1:{self._port}/v1"
 
     def start(self) -> None:
         """Listen, again on the same port."""
@@ -42,6 +43,8 @@ class FakeBackend:
 
         self._server = ThreadingHTTPServer(("127.0.0.1", self._port), Handler)
         self._server.daemon_threads = True
+        if self._tls is not None:
+            self._server.socket = self._tls.wrap_socket(self._server.socket, server_side=True)
         self._port = self._server.server_address[1]
         threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()
 

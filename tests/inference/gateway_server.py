@@ -71,6 +71,7 @@ class GatewayServer:
         file: Path,
         offer: dict[str, Any] | None = None,
         keys: dict[str, Path] | None = None,
+        authority: Path | None = None,
         doors: dict[str, Any] | None = None,
         **patience: float,
     ) -> None:
@@ -79,6 +80,8 @@ class GatewayServer:
         }
         for path, key in (keys or {}).items():
             written[path]["api_key_file"] = str(key)
+        for backend in written.values() if authority is not None else ():
+            backend["ca_file"] = str(authority)
         file.write_text(yaml.safe_dump({"backends": written, **patience}), encoding="utf-8")
         self.said: list[str] = []
         self.whole: bool | None = None

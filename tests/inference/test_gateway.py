@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import ssl
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ openai = pytest.importorskip("openai", reason="needs the extra `dev`")
 
 from inference.api_keys import ApiKeys  # noqa: E402
 from inference.openai_requests import TURN_ENDS  # noqa: E402
+from protocol.certificates import write_certificates  # noqa: E402
 from routing.artefact import RouterArtefact  # noqa: E402
 from tests.inference.fake_backend import WORDS, FakeBackend  # noqa: E402
 from tests.inference.gateway_server import PATHS, PROMPTS, GatewayServer, make_router, ranked  # noqa: E402
@@ -365,6 +367,24 @@ def test_keys_are_those_of_each_side(
     with client_of(server, "sk-another-key-00") as client, pytest.raises(openai.AuthenticationError):
         ask(client, PROMPTS[0])
     assert not any("sk-" in line for line in server.said)
+
+
+def test_backends_with_tls_are_held_against_their_authority(
+    serve: Callable[..., GatewayServer], tmp_path: Path
+) -> None:
+    for name in ("certs", "others"):
+        write_certificates(tmp_path / name, ["127.0.0.1"])
+    tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    tls.load_cert_chain(tmp_path / "certs" / "server.pem", tmp_path / "certs" / "server.key")
+    with FakeBackend("model", tls) as backend:
+        behind = {"0.0": backend}
+        server = serve(behind, authority=tmp_path / "certs" / "ca.pem", offer={"partial": True})
+        with client_of(server) as client:
+            assert ask(client, PROMPTS[0])[:2] == (TEXT, "0.0")
+        server = serve(behind, authority=tmp_path / "others" / "ca.pem", offer={"partial": True})
+        with client_of(server) as client, pytest.raises(openai.InternalServerError, match="cannot be reached"):
+            ask(client, PROMPTS[0])
+        assert len(backend.asked) == 1
 
 
 def test_a_drain_passes_on_what_is_open_and_refuses_the_rest(
