@@ -17,8 +17,8 @@ def room_for_turns(sequence_length: int, tokens: int, count: Callable[[str], int
     least = count(Conversation(turns=[("Hello", "Hello")]).prompt("Hello"))
     if room < least:
         raise Refused(
-            f"--tokens {tokens} leaves {max(room, 0)} of the {sequence_length} tokens of a sequence to the conversation, and "
-            f"one short turn takes {least}: every answer would forget the turns before it; "
+            f"--tokens {tokens} leaves {max(room, 0)} of the {sequence_length} tokens of a sequence to the turns "
+            f"before, and a short one takes {least}: every answer would forget the turns before it; "
             + (f"give --tokens {sequence_length - least} or less" if sequence_length > least else "give --plain")
         )
     return room

@@ -16,7 +16,7 @@ def test_answers_that_leave_no_room_for_a_turn_are_refused(tokens: int) -> None:
     with pytest.raises(Refused) as refused:
         room_for_turns(256, tokens, len)
     assert str(refused.value) == (
-        f"--tokens {tokens} leaves {left} of the 256 tokens of a sequence to the conversation, and one short turn "
+        f"--tokens {tokens} leaves {left} of the 256 tokens of a sequence to the turns before, and a short one "
         f"takes {ONE_TURN}: every answer would forget the turns before it; give --tokens {256 - ONE_TURN} or less"
     )
     with pytest.raises(Refused, match="give --plain"):
