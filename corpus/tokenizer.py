@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,11 @@ class Tokenizer:
         """The text of ids; special tokens are left out, bytes that are not UTF-8 become U+FFFD."""
         text: str = self._tokenizer.decode([int(token) for token in ids], skip_special_tokens=True)
         return text
+
+    @cached_property
+    def longest_token(self) -> int:
+        """UTF-8 bytes of the longest token."""
+        return int(self.token_byte_lengths().max())
 
     def token_byte_lengths(self) -> Int64[np.ndarray, " V"]:
         """UTF-8 bytes of text that each id stands for: what turns nats per token into bits per byte. Specials: 0."""

@@ -94,11 +94,10 @@ class FollowedRun:
             self._stamp = stamp
             return None
         snapshot = self.first if self._newest is None else self._open()
-        self._stamp = stamp
         name, digests = self._name(snapshot), self._complete(snapshot)
         snapshot.store = self._store
         taken = self._taken(snapshot, name, digests)
-        self._newest, self._digests = name, digests
+        self._newest, self._digests, self._stamp = name, digests, stamp  # once it is whole: else it is tried again
         self._hold(taken.paths, {digest for path in digests for digest in path})
         return taken
 

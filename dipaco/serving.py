@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from coordinator.journal import RunUnusable
 from coordinator.state import Version
-from dipaco.ending import Refused, sentence
+from dipaco.ending import Refused
 from dipaco.followed_run import FollowedRun, Taken, followed
+from dipaco.following import Following
 from inference.answering import Answering
 from inference.batch_engine import BatchEngine, BatchLimits
 from inference.metrics import ServerMetrics
@@ -96,11 +96,11 @@ async def serve_until(
         metrics = ServerMetrics()
         answering = Answering(engine, model, limits, metrics)
         metrics.follow(engine.stats, lambda: answering.open_answers)
-        following: asyncio.Task[None] | None = None
+        following: Following | None = None
         whole = False
         try:
             opened = await open_doors(answering, doors)
-            following = asyncio.create_task(_follow(run, engine, answering, offer.look_s, say))
+            following = Following(run, engine, answering, offer.look_s, say)
             for line in greeting(model, opened, doors):
                 say(line)
             ready(opened)
@@ -109,8 +109,7 @@ async def serve_until(
             whole = await opened.stop(signals.cut, offer.drain_s)
         finally:
             if following is not None:
-                following.cancel()
-                await asyncio.gather(following, return_exceptions=True)
+                await following.stop()
             await asyncio.to_thread(engine.close, whole)
         say("all requests were answered" if whole else "requests were cut off")
         return whole
@@ -179,29 +178,3 @@ def _engine(run: FollowedRun, taken: Taken, limits: Limits) -> BatchEngine:
         router_lm=taken.router_lm,
         limits=BatchLimits(running=limits.running, waiting=limits.waiting),
     )
-
-
-async def _follow(
-    run: FollowedRun, engine: BatchEngine, answering: Answering, look_s: float, say: Callable[[str], None]
-) -> None:
-    """Look for a newer snapshot again and again, and hand it over. What cannot be read now is looked at later."""
-    trouble = ""
-    while True:
-        await asyncio.sleep(look_s)
-        try:
-            taken = await asyncio.to_thread(run.take)
-            trouble = ""
-        except (RunUnusable, ValueError, OSError) as error:
-            told = sentence(error) or f"{type(error).__name__}: {error}"
-            if told != trouble:
-                say(f"the newest snapshot is not served: {told}")
-            trouble = told
-            continue
-        if taken is not None:
-            engine.renew(taken.paths, taken.router, taken.router_lm)
-            model = answering.model
-            model.snapshot, model.has_router = taken.name, taken.has_router
-            model.has_router_lm = taken.router_lm is not None
-            answering.metrics.renewed()
-            say(f"serving {taken.name} from now on")
-            del taken

@@ -14,16 +14,17 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from inference.admission import Admission
-from inference.batch_engine import EngineStats, Full
+from inference.batch_engine import EngineBroken, EngineStats, Full
 from inference.engine import Finish, GeneratedToken, Request
 from inference.metrics import ServerMetrics
 from inference.openai_requests import Asked
-from inference.request_errors import BadRequest, Busy, EngineFailed, status_of
+from inference.request_errors import BadRequest, Busy, EngineFailed, NotReady, status_of
 from inference.served_model import Limits, Routing, ServedModel
 from inference.text_stream import TextStream
 
 logger = logging.getLogger(__name__)
 
+BROKEN = "the engine failed and writes nothing any more; the log of the server says why: restart it"
 _SEED_STRIDE = 0x9E3779B97F4A7C15  # odd: the texts of one request have seeds of their own, the first the seed itself
 
 
@@ -160,6 +161,8 @@ class Answer:
 def _translated(error: Exception) -> Exception:
     if isinstance(error, Full):
         return Busy(str(error))
+    if isinstance(error, EngineBroken):
+        return NotReady(BROKEN)
     if status_of(error) is not None:
         return error
     logger.error("a generation failed", exc_info=error)
@@ -185,12 +188,13 @@ class Answering:
         """Start a request; raises Draining, Busy, UnknownModel, BadRequest and what the engine does."""
         self.admission.check()
         routing = self.model.routing(asked.model, asked.route)
-        if len(asked.prompts) * asked.n > self.limits.texts:
-            texts = len(asked.prompts) * asked.n
+        texts = len(asked.prompts) * asked.n
+        if texts > self.limits.most_texts:
             raise BadRequest(
-                f"{texts} texts are asked for (prompts times n), this server writes {self.limits.texts}", "n"
+                f"{texts} texts are asked for (prompts times n), this server writes {self.limits.most_texts}", "n"
             )
         max_tokens = self.limits.new_tokens_of(asked.max_tokens)
+        self._check_room(texts)
         answer = Answer(asked, routing, self.model, self.metrics, self.admission.leave)
         self.admission.enter()
         try:
@@ -201,6 +205,20 @@ class Answering:
                 raise _translated(error) from error
             raise
         return answer
+
+    def _check_room(self, texts: int) -> None:
+        """Raises Busy, NotReady; before the prompts are tokenized. The engine has the last word."""
+        stats = self.engine.stats()
+        if stats.broken:
+            raise NotReady(BROKEN)
+        room = self.limits.running + self.limits.waiting - stats.running - stats.waiting
+        if texts > room:
+            raise Busy(f"{stats.waiting} texts wait already; try again later")
+
+    @property
+    def trouble(self) -> str | None:
+        """Why nothing can be answered although the server does not drain; None where it can."""
+        return BROKEN if self.engine.stats().broken else None
 
     async def _start(self, answer: Answer, max_tokens: int) -> None:
         asked, routing = answer.asked, answer.routing

@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 def make_app(answering: Answering, keys: ApiKeys | None = None) -> Starlette:
     """The application; with `keys`, all of /v1 needs one of them."""
     places = _Places(answering)
-    door = HttpDoor(answering.admission, answering.metrics, keys)
+    door = HttpDoor(answering.admission, answering.metrics, keys, lambda: answering.trouble)
     return door.app(
         [
             ("POST", "/v1/completions", places.completions),
@@ -49,7 +49,9 @@ class _Places:
         self._answering = answering
 
     async def completions(self, request: Request) -> Response:
-        return await self._answer(request, completion_asked, "cmpl")
+        limits = self._answering.limits
+        most = limits.prompt_tokens, limits.most_texts
+        return await self._answer(request, lambda data: completion_asked(data, *most), "cmpl")
 
     async def chat(self, request: Request) -> Response:
         return await self._answer(request, chat_asked, "chatcmpl")

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 
 import psutil
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from inference.batch_engine import EngineStats
@@ -59,6 +59,18 @@ class ServerMetrics(DoorMetrics):
             registry=self.registry,
         )
         self._renewals = Counter("dipaco_snapshots", "Newer snapshots that were taken up.", registry=self.registry)
+        self._failed_looks = Counter(
+            "dipaco_failed_looks", "Looks for a newer snapshot that failed.", registry=self.registry
+        )
+        self._renewed_s = self._looked_s = clock()
+        Gauge(
+            "dipaco_snapshot_age_seconds", "Since the served snapshot was taken up.", registry=self.registry
+        ).set_function(lambda: self.clock() - self._renewed_s)
+        Gauge(
+            "dipaco_look_age_seconds",
+            "Since the newest look for a newer snapshot that went well.",
+            registry=self.registry,
+        ).set_function(lambda: self.clock() - self._looked_s)
 
     def follow(self, stats: Callable[[], EngineStats], open_requests: Callable[[], int]) -> None:
         """Read the engine's numbers whenever the metrics are asked for."""
@@ -73,7 +85,16 @@ class ServerMetrics(DoorMetrics):
         (self._first_token_s if first else self._token_s).observe(seconds)
 
     def renewed(self) -> None:
+        """A newer snapshot was taken up."""
         self._renewals.inc()
+        self._renewed_s = self.clock()
+
+    def looked(self, failed: bool) -> None:
+        """It was looked for a newer snapshot."""
+        if failed:
+            self._failed_looks.inc()
+        else:
+            self._looked_s = self.clock()
 
 
 class _EngineNumbers:
@@ -102,4 +123,5 @@ class _EngineNumbers:
         yield GaugeMetricFamily("dipaco_module_bytes", "Bytes of modules in memory.", found.cache_bytes)
         yield GaugeMetricFamily("dipaco_slot_bytes", "Bytes of cached keys, values and states.", found.slot_bytes)
         yield GaugeMetricFamily("dipaco_snapshots_in_use", "Snapshots that texts are written by.", found.snapshots)
+        yield GaugeMetricFamily("dipaco_engine_broken", "1 where the engine failed for good.", int(found.broken))
         yield GaugeMetricFamily("dipaco_resident_bytes", "Memory of the process.", psutil.Process().memory_info().rss)

@@ -14,10 +14,12 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from inference.prompts import prompts_of, text_of
 from inference.request_errors import BadRequest
 from inference.sampling import Sampling
 
 MAX_STOPS = 16
+MAX_VALUES = 20_000  # of a body, without the prompt: what is checked one by one, on the loop of all requests
 DEFAULT_COMPLETION_TOKENS = 16  # what the API promises where max_tokens is left out
 # What each refused field may hold, as JSON: values that ask for nothing.
 _NOTHING: dict[str, tuple[str, ...]] = {
@@ -75,7 +77,7 @@ class _Body(BaseModel):
 
 
 class _Completion(_Body):
-    prompt: str | list[str] | list[Token] | list[list[Token]]
+    prompt: Any  # prompts_of knows what it may be
 
 
 class _Part(BaseModel):
@@ -113,25 +115,18 @@ class Asked:
     chat: bool = False
 
 
-def completion_asked(data: bytes) -> Asked:
-    """The body of a completion; raises BadRequest."""
+def completion_asked(data: bytes, most_tokens: int, most_prompts: int) -> Asked:
+    """The body of a completion of so many prompts, and token ids of each, at most; raises BadRequest."""
     body = _parsed(data, _Completion)
-    prompt = body.prompt
-    if isinstance(prompt, str):
-        prompts: Sequence[Any] = [prompt]
-    elif prompt and isinstance(prompt[0], int):
-        prompts = [tuple(prompt)]
-    else:
-        prompts = [each if isinstance(each, str) else tuple(each) for each in prompt if not isinstance(each, int)]
-    if not prompts:
-        raise BadRequest("prompt is an empty list, expected at least one prompt", "prompt")
+    prompts = prompts_of(body.prompt, most_tokens, most_prompts)
     return _asked(body, prompts, body.max_tokens or DEFAULT_COMPLETION_TOKENS)
 
 
 def chat_asked(data: bytes) -> Asked:
     """The body of a chat completion; raises BadRequest."""
     body = _parsed(data, _Chat)
-    return _asked(body, [chat_prompt(body.messages)], body.max_completion_tokens or body.max_tokens, chat=True)
+    prompt = text_of(chat_prompt(body.messages), "messages")
+    return _asked(body, [prompt], body.max_completion_tokens or body.max_tokens, chat=True)
 
 
 def chat_prompt(messages: Sequence[Message]) -> str:
@@ -162,7 +157,20 @@ def fields_of(data: bytes) -> dict[str, Any]:
         raise BadRequest(f"the body is not JSON: {error}") from None
     if not isinstance(fields, dict):
         raise BadRequest("the body must be one JSON object")
+    _check_size(fields)
     return fields
+
+
+def _check_size(fields: Mapping[str, Any]) -> None:
+    """Raises BadRequest where there is more to check than a request has; prompts have a bound of their own."""
+    unseen, values = [value for name, value in fields.items() if name != "prompt"], len(fields)
+    while unseen:
+        value = unseen.pop()
+        inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+        values += len(inner)
+        if values > MAX_VALUES:
+            raise BadRequest(f"the body has more than {MAX_VALUES:,} values beside its prompt; leave some out")
+        unseen.extend(inner)
 
 
 def checked(fields: Mapping[str, Any], kind: type[BodyOf]) -> BodyOf:

@@ -45,6 +45,10 @@ class Draining(Busy):
     """The server ends and takes nothing new."""
 
 
+class NotReady(Busy):
+    """The server cannot answer anything until somebody mends it."""
+
+
 class EngineFailed(RuntimeError):
     """A generation broke in the middle; the server's log says more."""
 
@@ -64,6 +68,7 @@ STATUS_OF: dict[type[Exception], int] = {
     BodyTooLarge: 413,
     Busy: 429,
     Draining: 503,
+    NotReady: 503,
     EngineFailed: 500,
     NoPathAnswers: 503,
     # from the engine
@@ -82,6 +87,7 @@ _CODE_OF: dict[type[Exception], str] = {
     BodyTooLarge: "request_too_large",
     Busy: "rate_limit_exceeded",
     Draining: "server_draining",
+    NotReady: "server_not_ready",
     NoPathAnswers: "no_path_answers",
     BackendLost: "backend_lost",
 }
@@ -98,14 +104,20 @@ def error_body(error: Exception) -> dict[str, Any]:
     kind = next((kind for kind in type(error).__mro__ if kind in _CODE_OF), None)
     code = getattr(error, "code", None) or (_CODE_OF[kind] if kind else None)
     message = str(error) if status else "the server failed; its log says more"
+    param = getattr(error, "param", None)
     return {
         "error": {
-            "message": message,
+            "message": _encodable(message),
             "type": _TYPE_OF.get(status or 500, "invalid_request_error"),
-            "param": getattr(error, "param", None),
+            "param": param and _encodable(param),
             "code": code,
         }
     }
+
+
+def _encodable(text: str) -> str:
+    """The text as UTF-8 can hold it: what a client sends may have halves of surrogate pairs."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def retry_after_s(error: Exception) -> int | None:

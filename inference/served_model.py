@@ -12,6 +12,7 @@ from inference.request_errors import BadRequest, UnknownModel
 from model.topology import UnknownPath
 
 FIXED = "path:"
+_USUAL_TOKEN = 16  # characters that any vocabulary may have in one token, such as those for unknown words
 ROUTES = "sequence, every:W, router:W or path:I.J"
 BASE_MODEL_NOTE = "a base model: it continues text and was not trained to follow instructions"
 
@@ -26,6 +27,11 @@ class Limits:
     running: int = 16
     waiting: int = 64
 
+    @property
+    def most_texts(self) -> int:
+        """Of one request: more can never be taken in together."""
+        return min(self.texts, self.running + self.waiting)
+
     def new_tokens_of(self, asked: int | None) -> int:
         """How many tokens are written where `asked` are asked for; raises BadRequest."""
         if asked is not None and asked > self.new_tokens:
@@ -34,18 +40,25 @@ class Limits:
 
     def tokens_of(self, prompt: str | Sequence[int], tokenizer: Tokenizer, name: str) -> list[int]:
         """The token ids of a prompt, which is the field `name` of a request; raises BadRequest."""
+        most = self.prompt_tokens * (max(tokenizer.longest_token, _USUAL_TOKEN) if isinstance(prompt, str) else 1)
+        if len(prompt) > most:  # before any work that grows with the prompt
+            unit = "characters" if isinstance(prompt, str) else "tokens"
+            raise self._too_long(f"{len(prompt)} {unit}", name)
         tokens = tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        if len(tokens) > self.prompt_tokens:
+            raise self._too_long(f"{len(tokens)} tokens", name)
         beyond = [token for token in tokens if token >= tokenizer.vocab_size]
         if beyond:
             last = tokenizer.vocab_size - 1
             raise BadRequest(f"token {beyond[0]} is not in the vocabulary, whose ids are 0 to {last}", name)
-        if len(tokens) > self.prompt_tokens:
-            raise BadRequest(
-                f"the prompt has {len(tokens)} tokens, this server takes {self.prompt_tokens}; shorten it",
-                name,
-                "context_length_exceeded",
-            )
         return tokens
+
+    def _too_long(self, length: str, name: str) -> BadRequest:
+        return BadRequest(
+            f"the prompt has {length}, this server takes {self.prompt_tokens} tokens; shorten it",
+            name,
+            "context_length_exceeded",
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from inference.answering import Answer, Answering, Piece
 from inference.api_keys import ApiKeys
 from inference.openai_answers import model_body
 from inference.openai_requests import MAX_STOPS, Asked
-from inference.request_errors import BadKey, BadRequest, Busy, Draining, UnknownModel, status_of
+from inference.request_errors import BadKey, BadRequest, Busy, Draining, NotReady, UnknownModel, status_of
 from inference.sampling import Sampling
 from model.topology import UnknownPath
 from protocol import inference_pb2 as pb
@@ -113,7 +113,7 @@ def _on_the_wire(error: Exception) -> Exception:
             return NotAllowed(message)
         case UnknownModel() | UnknownPath():
             return UnservedModel(message)
-        case Draining():
+        case Draining() | NotReady():
             return Unavailable(message)
         case Busy():
             return Overloaded(message)

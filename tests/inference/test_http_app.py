@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import threading
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -152,6 +153,13 @@ def test_models_are_the_mixture_and_its_paths(client: Any) -> None:
         ({"prompt": [1, 258]}, openai.BadRequestError, "prompt", "token 258 is not in the vocabulary"),
         ({"prompt": []}, openai.BadRequestError, "prompt", "prompt is an empty list"),
         ({"prompt": {"a": 1}}, openai.BadRequestError, "prompt", 'prompt is {"a": 1}'),
+        ({"prompt": [1, True]}, openai.BadRequestError, "prompt", "prompt has true among its token ids"),
+        ({"prompt": [1, -1]}, openai.BadRequestError, "prompt", "prompt has -1 among its token ids"),
+        ({"prompt": [None]}, openai.BadRequestError, "prompt", "prompt has null among its texts"),
+        ({"prompt": ["a", [1]]}, openai.BadRequestError, "prompt", "prompt has [1] among its texts"),
+        ({"prompt": [[1], "a"]}, openai.BadRequestError, "prompt", 'prompt has "a" among its lists of token ids'),
+        ({"prompt": ["x"] * 17}, openai.BadRequestError, "prompt", "17 prompts are given, this server answers 16"),
+        ({"prompt": [1] * 128}, openai.BadRequestError, "prompt", "the prompt has 128 tokens, this server takes 127"),
         ({"max_tokens": 0}, openai.BadRequestError, "max_tokens", "max_tokens is 0"),
         ({"max_tokens": 129}, openai.BadRequestError, "max_tokens", "max_tokens is 129, this server writes up to 128"),
         ({"temperature": -1}, openai.BadRequestError, "temperature", "temperature is -1"),
@@ -199,6 +207,11 @@ def answer_to(
         ("/v1/completions", b"[1]", 400, None),
         ("/v1/completions", b"\xff\xfe", 400, None),
         ("/v1/completions", b"[" * 100_000, 400, None),
+        ("/v1/completions", b'{"model": "tiny", "max_tokens": "\\ud800"}', 400, None),
+        ("/v1/completions", b'{"model": "tiny", "prompt": "\\ud800"}', 400, None),
+        ("/v1/completions", b'{"model": "tiny", "prompt": "x", "\\ud800": 1}', 400, None),
+        ("/v1/completions", b'{"model": "tiny", "prompt": ["x", "a\\udfff"]}', 400, None),
+        ("/v1/chat/completions", b'{"model": "tiny", "messages": [{"role": "user", "content": "\\ud800"}]}', 400, None),
         ("/v1/completions", b" " * (4 * 1024**2 + 1), 413, "request_too_large"),
         ("/v1/completions", None, 405, "unknown_url"),
         ("/v1/embeddings", b"{}", 404, "unknown_url"),
@@ -210,6 +223,47 @@ def test_bodies_and_places_that_are_none(
     found, _, body = answer_to(server, place, data)
     assert found == status
     assert json.loads(body)["error"]["code"] == code
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"model": "tiny", "prompt": [[]' + b",-1" * 1_300_000 + b"]}",
+        b'{"model": "tiny", "prompt": [1' + b",1" * 2_000_000 + b"]}",
+        b'{"model": "tiny", "prompt": [[]' + b",[]" * 1_300_000 + b"]}",
+        b'{"model": "tiny", "prompt": "x", "stop": [1' + b",1" * 2_000_000 + b"]}",
+        b'{"model": "tiny", "prompt": "x"' + b"".join(b',"%d":1' % number for number in range(300_000)) + b"}",
+    ],
+    ids=["list, then numbers", "numbers", "lists", "stops", "fields"],
+)
+def test_a_large_body_is_judged_without_holding_up_the_others(server: TextServer, body: bytes) -> None:
+    began = time.process_time()
+    assert answer_to(server, "/v1/completions", body)[0] == 400
+    assert time.process_time() - began < 2.0
+
+
+def test_a_prompt_is_judged_by_its_length_before_it_is_tokenized(
+    model: TinyModel, server: TextServer, client: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(text: str) -> list[int]:
+        raise AssertionError("tokenized")
+
+    monkeypatch.setattr(model.tokenizer, "encode", never)
+    with pytest.raises(openai.BadRequestError, match=r"the prompt has 1000000 characters, this server takes 127") as no:
+        client.completions.create(model=NAME, prompt="x" * 1_000_000)
+    assert no.value.code == "context_length_exceeded"
+
+
+def test_halves_of_surrogates_are_counted_as_the_other_mistakes(server: TextServer) -> None:
+    def refused() -> float:
+        page = answer_to(server, "/metrics")[2].decode()
+        name = 'dipaco_requests_total{door="http",status="400"} '
+        return float(next((line.removeprefix(name) for line in page.splitlines() if line.startswith(name)), 0))
+
+    before = refused()
+    status, _, body = answer_to(server, "/v1/completions", b'{"model": "tiny", "max_tokens": "\\ud800"}')
+    assert (status, json.loads(body)["error"]["param"]) == (400, "max_tokens")
+    assert refused() == before + 1
 
 
 def test_health_readiness_and_metrics(server: TextServer, client: Any) -> None:
@@ -262,6 +316,49 @@ def test_a_full_queue_says_when_to_come_again(model: TinyModel) -> None:
             stream.close()
         server.until(server.idle)
         assert client.completions.create(model=NAME, prompt="x", max_tokens=1).choices
+
+
+def test_a_full_server_does_not_tokenize(model: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    held = Held(model.engine(1, 0))
+    with TextServer(model, Limits(64, 128, running=1, waiting=0), engine=held) as server, client_of(server) as client:
+        stream = client.completions.create(model=NAME, prompt=PROMPT, max_tokens=24, seed=5, stream=True)
+        next(iter(stream))
+        monkeypatch.setattr(model.tokenizer, "encode", None)
+        with pytest.raises(openai.RateLimitError):
+            client.completions.create(model=NAME, prompt="x", max_tokens=1)
+        held.release.set()
+        stream.close()
+        server.until(server.idle)
+
+
+def test_what_can_never_fit_is_a_mistake_and_not_busy(model: TinyModel) -> None:
+    with TextServer(model, Limits(64, 128, running=1, waiting=0)) as server, client_of(server) as client:
+        with pytest.raises(openai.BadRequestError, match=r"2 texts are asked for .* this server writes 1"):
+            client.completions.create(model=NAME, prompt="x", max_tokens=1, n=2)
+        assert client.completions.create(model=NAME, prompt="x", max_tokens=1).choices
+
+
+def test_a_broken_engine_is_told_by_readiness_and_to_who_asks(
+    model: TinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = model.engine()
+
+    def fails(*arguments: object) -> None:
+        raise MemoryError("no memory")
+
+    with TextServer(model, engine=engine) as server, client_of(server) as client:
+        assert answer_to(server, "/readyz")[0] == 200
+        monkeypatch.setattr(engine._stepper, "_read", fails)
+        monkeypatch.setattr(engine._stepper.slots, "clear", fails)
+        for _ in range(2):
+            with pytest.raises(openai.InternalServerError, match="the engine failed and writes nothing") as refused:
+                client.completions.create(model=NAME, prompt="x", max_tokens=4)
+            assert refused.value.status_code == 503
+            assert refused.value.code == "server_not_ready"
+        status, _, body = answer_to(server, "/readyz")
+        assert (status, b"the engine failed" in body) == (503, True)
+        assert answer_to(server, "/healthz")[0] == 200
+        assert b"dipaco_engine_broken 1.0" in answer_to(server, "/metrics")[2]
 
 
 def test_only_a_key_of_the_file_is_admitted(model: TinyModel, tmp_path: Path) -> None:

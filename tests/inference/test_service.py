@@ -16,8 +16,9 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
-from inference.api_keys import ApiKeys, BadKeyFile
+from inference.api_keys import UNREAD_S, ApiKeys, BadKeyFile
 from inference.engine import Request
+from inference.request_errors import BadKey
 from inference.sampling import Sampling
 from inference.server import CannotServe, Doors, Tls
 from protocol import inference_pb2 as pb
@@ -162,8 +163,6 @@ def test_a_file_without_keys_is_refused(tmp_path: Path, text: str, sentence: str
 
 
 def test_keys_follow_their_file(tmp_path: Path) -> None:
-    from inference.request_errors import BadKey
-
     path, now = tmp_path / "keys", [0.0]
     path.write_text("sk-0123456789abcdef\n", encoding="utf-8")
     keys = ApiKeys(path, clock=lambda: now[0])
@@ -174,6 +173,65 @@ def test_keys_follow_their_file(tmp_path: Path) -> None:
     for wrong in ("Bearer sk-0123456789abcdef", "sk-a-newer-key-0001", "Basic sk-a-newer-key-0001", ""):
         with pytest.raises(BadKey):
             keys.check(wrong)
-    path.unlink()
-    now[0] = 4.0
-    keys.check("Bearer sk-a-newer-key-0001")
+
+
+class Watched:
+    """A file of keys in use, and its clock."""
+
+    OLD, NEW = "sk-0123456789abcdef", "sk-a-newer-key-0001"
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.now_s = path, 0.0
+        self.path.write_text(f"{self.OLD}\n", encoding="utf-8")
+        self.keys = ApiKeys(path, clock=lambda: self.now_s)
+
+    def admits(self, key: str) -> bool:
+        """As of two seconds later."""
+        self.now_s += 2.0
+        try:
+            self.keys.check(f"Bearer {key}")
+        except BadKey:
+            return False
+        return True
+
+
+@pytest.mark.parametrize("text", ["", "# nobody\n", "  \n\n"])
+def test_an_emptied_file_of_keys_admits_nobody_and_is_told(
+    tmp_path: Path, text: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    watched = Watched(tmp_path / "keys")
+    watched.path.write_text(text, encoding="utf-8")
+    assert not watched.admits(watched.OLD)
+    assert "holds no API key any more: nobody is admitted" in caplog.text
+
+
+def test_a_line_that_is_no_key_is_told_and_the_others_rule(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    watched = Watched(tmp_path / "keys")
+    watched.path.write_bytes(f"# team\nshort\n{watched.NEW}\n\xff-not-a-key-of-anyone\n".encode("latin-1"))
+    assert watched.admits(watched.NEW)
+    assert not watched.admits(watched.OLD)
+    assert not watched.admits("short")
+    assert caplog.text.count("the key in line 2 has fewer than 16 characters") == 1
+    assert caplog.text.count("the key in line 4 holds spaces or characters beyond ASCII") == 1
+
+
+def test_a_file_of_keys_that_is_gone_holds_for_a_while_only(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    watched = Watched(tmp_path / "keys")
+    watched.path.unlink()
+    assert watched.admits(watched.OLD)
+    assert caplog.text.count("its last keys hold for 60 s") == 1
+    watched.now_s += UNREAD_S - 4.0
+    assert watched.admits(watched.OLD)
+    watched.now_s += 4.0
+    assert not watched.admits(watched.OLD)
+    assert "nobody is admitted until it can" in caplog.text
+    watched.path.write_text(f"{watched.NEW}\n", encoding="utf-8")
+    assert watched.admits(watched.NEW)
+    assert not watched.admits(watched.OLD)
+
+
+def test_an_indented_comment_is_no_key(tmp_path: Path) -> None:
+    watched = Watched(tmp_path / "keys")
+    watched.path.write_text(f"  # of the whole team\n{watched.OLD}\n", encoding="utf-8")
+    assert not watched.admits("# of the whole team")
+    assert watched.admits(watched.OLD)
