@@ -49,7 +49,7 @@ stubs: .venv/ready-dev ## protocol/*.proto -> the committed stubs
 	$(PYTHON) -m venv .venv
 
 .venv/ready: $(PINS) | .venv/bin/python
-	.venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[report,serve]'
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[report]'
 	touch $@
 
 .venv/ready-dev: $(PINS) | .venv/bin/python
