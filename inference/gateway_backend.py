@@ -6,8 +6,10 @@ The proxies that an environment names are not asked and redirects not followed: 
 from __future__ import annotations
 
 import asyncio
+import ssl
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import httpx2
@@ -39,6 +41,12 @@ class Answered:
     body: bytes
 
 
+@cache
+def _machine_trust() -> ssl.SSLContext:
+    """What this machine trusts, read once: it takes long, and there may be hundreds of backends."""
+    return httpx2.create_ssl_context(trust_env=False)
+
+
 class Backend:
     """Calls one target, whose URL may be one that cannot be called (BadBackend). `close` it at the end."""
 
@@ -53,7 +61,7 @@ class Backend:
             headers["Authorization"] = f"Bearer {target.key}"
         timeout = httpx2.Timeout(patience.silence_s, connect=patience.connect_s, pool=None)
         self._client = httpx2.AsyncClient(
-            verify=True if target.tls is None else target.tls,
+            verify=target.tls or _machine_trust(),
             headers=headers,
             timeout=timeout,
             limits=_LIMITS,
