@@ -103,6 +103,11 @@ class Gateway:
             if backend is not None
         }
 
+    @property
+    def most_prompt_tokens(self) -> int:
+        """Of one request."""
+        return self._limits.prompt_tokens
+
     async def forward(self, asked: Forwarded) -> Forwarding:
         """The beginning of the answer of the best path that gives one.
 

@@ -56,7 +56,8 @@ class _Places:
         self._gateway = gateway
 
     async def completions(self, request: Request) -> Response:
-        return await self._answer(request, completion_forwarded)
+        most = self._gateway.most_prompt_tokens
+        return await self._answer(request, lambda data: completion_forwarded(data, most))
 
     async def chat(self, request: Request) -> Response:
         return await self._answer(request, chat_forwarded)

@@ -13,7 +13,8 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from inference.openai_requests import TURN_ENDS, Message, Token, chat_prompt, checked, fields_of, without_nothing
+from inference.openai_requests import TURN_ENDS, Message, chat_prompt, checked, fields_of, without_nothing
+from inference.prompts import prompts_of, text_of
 from inference.request_errors import BadRequest
 
 PLAIN_ROUTES = "sequence or path:I.J"
@@ -31,7 +32,7 @@ class _Body(BaseModel):
 
 
 class _Completion(_Body):
-    prompt: str | list[Token] | list[str] | list[list[Token]]
+    prompt: Any  # prompts_of knows what it may be
 
 
 class _Chat(_Body):
@@ -58,12 +59,11 @@ class Forwarded:
         return json.dumps({**self.fields, "model": model, **bound}, ensure_ascii=False).encode()
 
 
-def completion_forwarded(data: bytes) -> Forwarded:
-    """The body of a completion; raises BadRequest."""
+def completion_forwarded(data: bytes, most_tokens: int) -> Forwarded:
+    """The body of a completion, of so many token ids at most; raises BadRequest."""
     fields = fields_of(data)
     body = checked(fields, _Completion)
-    prompt = _one_prompt(body.prompt)
-    _check_text(prompt, "prompt")
+    prompt = _one_prompt(body.prompt, most_tokens)
     return Forwarded(body.model, prompt, _going_on(fields), body.max_tokens, bool(body.stream), body.route)
 
 
@@ -71,8 +71,7 @@ def chat_forwarded(data: bytes) -> Forwarded:
     """The body of a chat completion; raises BadRequest."""
     fields = without_nothing(fields_of(data), _SAMPLING)
     body = checked(fields, _Chat)
-    prompt = chat_prompt(body.messages)
-    _check_text(prompt, "messages")
+    prompt = text_of(chat_prompt(body.messages), "messages")
     stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
     going_on = _going_on(fields) | {"prompt": prompt, "stop": [*stop, *TURN_ENDS]}
     max_tokens = body.max_completion_tokens or body.max_tokens
@@ -84,26 +83,12 @@ def _going_on(fields: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if name not in ours}
 
 
-def _one_prompt(prompt: Any) -> str | tuple[int, ...]:
+def _one_prompt(prompt: Any, most_tokens: int) -> str | tuple[int, ...]:
     """The prompt, alone in a list or not; raises BadRequest for several, which may belong to several paths."""
-    if isinstance(prompt, str):
-        return prompt
-    if prompt and isinstance(prompt[0], int):
-        return tuple(prompt)
-    if len(prompt) != 1:
+    if isinstance(prompt, list) and len(prompt) != 1 and not (prompt and type(prompt[0]) is int):
         raise BadRequest(
             f"prompt is a list of {len(prompt)} prompts; the gateway sends one to its path: ask for each by itself",
             "prompt",
         )
-    only = prompt[0]
-    return only if isinstance(only, str) else tuple(only)
-
-
-def _check_text(prompt: str | tuple[int, ...], name: str) -> None:
-    """Raises BadRequest for half of a surrogate pair, which JSON can write and UTF-8 cannot."""
-    if not isinstance(prompt, str):
-        return
-    try:
-        prompt.encode()
-    except UnicodeEncodeError as error:
-        raise BadRequest(f"{name} is no text: it holds half of a surrogate pair at {error.start}", name) from None
+    (only,) = prompts_of(prompt, most_tokens, 1)
+    return only

@@ -51,8 +51,6 @@ _WHY = {
     "functions": "a base model knows no functions",
 }
 
-Token = Annotated[int, Field(ge=0, strict=True)]
-
 
 class _StreamOptions(BaseModel):
     model_config = ConfigDict(extra="forbid")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import ssl
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -285,6 +286,17 @@ def test_bodies_that_are_none_and_chats_that_cannot_be(serve: Callable[..., Gate
     tool = {"type": "function", "function": {"name": "f"}}
     with client_of(server) as client, pytest.raises(openai.BadRequestError, match="knows no tools"):
         client.chat.completions.create(model="mix", messages=[{"role": "user", "content": "x"}], tools=[tool])
+
+
+@pytest.mark.parametrize("prompt", [b"[[]" + b",-1" * 1_300_000, b"[1" + b",1" * 2_000_000], ids=["mixed", "numbers"])
+def test_a_large_body_is_judged_at_once(serve: Callable[..., GatewayServer], prompt: bytes) -> None:
+    server, began = serve(), time.process_time()
+    request = urllib.request.Request(f"{server.url}/completions", b'{"model": "mix", "prompt": ' + prompt + b"]}")
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(request, timeout=60)
+    with refused.value as error:
+        assert error.code == 400
+    assert time.process_time() - began < 2.5
 
 
 def test_what_a_backend_says_of_a_request_goes_to_the_client(
