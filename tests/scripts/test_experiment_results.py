@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,13 @@ def test_a_row_says_what_was_measured(filled: Filled) -> None:
         "config_digest": "c" * 64,
     }
     assert row[0] == row[0] | wanted
+
+
+def test_a_run_that_took_results_over_claims_neither_time_nor_bytes(filled: Filled) -> None:
+    for digest, found in filled.known.items():
+        filled.known[digest] = replace(found, run={**found.run, "reused_tasks": 3})
+    assert {(row["wall_s"], row["bytes_saved"]) for row in filled.rows()} == {(None, None)}
+    assert {row["tokens"] for row in filled.rows()} == {1000}
 
 
 def test_ratios_are_to_dense_of_the_same_seed_and_budget(filled: Filled) -> None:

@@ -13,6 +13,7 @@ import pytest
 
 from configs.schema import Config, Experiment, ShardingConfig
 from protocol.tasks import BlobRef, Checkpoint, PackSpec, TaskResult, TrainSpec
+from scripts.experiment_measurement import describe
 from tests.command_line import dipaco
 from tests.played_run import Played, config_of, played
 from worker.memo import Memo, memo_key
@@ -228,3 +229,4 @@ def test_a_second_run_computes_nothing_that_the_first_one_has(
     assert tasks[0] == tasks[1]
     assert digests[0] == digests[1] != digests[2]
     assert 0 < recalled[2] < tasks[2]
+    assert [describe(tmp_path / name)["reused_tasks"] for name in "abc"] == recalled
