@@ -19,6 +19,8 @@ from typing import Literal
 
 FORMS = "sequence, every:W, router:W, likelihood:W, ensemble:N, oracle:sequence, oracle:every:W"
 DEFAULT_CHUNK_TOKENS = 32
+# What a route that is always one path begins with, where one may be named: path:I.J.
+FIXED = "path:"
 _NUMBER = re.compile(r"[1-9][0-9]{0,8}")
 
 

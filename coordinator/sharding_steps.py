@@ -90,20 +90,21 @@ class ShardingSteps:
         """The stage's result, and the shards of the mixture: forked from the base, or with other data than before."""
         if stage.kind == "shard" and self._experiment.sharding.kind == "all":
             return {}, [self.forked(state, MIXTURE)]
-        router = self._plan.fitted(state, stage)
-        frozen = None if router is None else [router.digest, router.size]
-        if stage.kind == "gater":
-            return {"router": frozen, "gater": local_result(state, stage.name, "GATE")["gater"]}, []
         divided = local_result(state, stage.name, "DIVIDE")
         gathered = {task.subject: task for task in state.tasks_of(stage.name) if task.kind == "PACK"}
         shards = [
             self._shard(state, stage, shard, entry, gathered[str(shard)])
             for shard, entry in enumerate(divided["shards"])
         ]
-        result = {**divided, "router": frozen}
         if stage.kind == "reshard":
-            result["gater"] = local_result(state, stage.name, "GATE")["gater"]
-        return result, shards
+            return {**divided, **self.gated(state, stage)}, shards
+        router = self._plan.fitted(state, stage)
+        return {**divided, "router": None if router is None else [router.digest, router.size]}, shards
+
+    def gated(self, state: State, stage: Stage) -> dict[str, Any]:
+        """What a fitted gater leaves in the result of its stage: itself, and the numbers that say how good it is."""
+        found = local_result(state, stage.name, "GATE")
+        return {"router": found["router"], "gater": found["gater"]}
 
     def _shard(self, state: State, stage: Stage, shard: int, entry: dict[str, Any], gathered: Task) -> Shard:
         """A shard with its data; its cursor starts over with them."""

@@ -69,7 +69,7 @@ class StageSteps:
             result, shards = self._sharding.concluded(state, stage)
             return result, [*shards, *EarlyStopping(self.plan).reset(state)]
         if stage.kind == "gater":
-            return self._sharding.concluded(state, stage)[0], []
+            return self._sharding.gated(state, stage), []
         if stage.kind == "targets":
             return self._router.concluded(state, stage), []
         if stage.kind == "evaluate":

@@ -12,7 +12,7 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
-from configs.schema import CorpusConfig, FilesSource, HuggingFaceSource, InstalledSource, TokenizerConfig
+from configs.corpus import CorpusConfig, FilesSource, HuggingFaceSource, InstalledSource, TokenizerConfig
 from corpus import files, hugging_face, installed
 from corpus.documents import BadCorpus, Document, Keep
 from corpus.duplicates import NearDuplicates

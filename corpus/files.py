@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from configs.schema import FilesSource
+from configs.corpus import FilesSource
 from corpus.documents import BadCorpus, Document, Keep
 from corpus.pieces import pieces
 from corpus.records import document_of

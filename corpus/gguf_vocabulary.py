@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
 
-from configs.schema import TokenizerConfig
+from configs.corpus import TokenizerConfig
 from corpus.tokenizer import BadTokenizer, Tokenizer, byte_alphabet
 
 _CASELESS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"

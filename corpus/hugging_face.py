@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from itertools import islice
 from typing import Any
 
-from configs.schema import HuggingFaceSource
+from configs.corpus import HuggingFaceSource
 from corpus.documents import BadCorpus, Document, Keep
 from corpus.records import document_of
 

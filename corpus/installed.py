@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from configs.schema import InstalledSource
+from configs.corpus import InstalledSource
 from corpus import extraction
 from corpus.documents import BadCorpus, Document, Keep
 from corpus.pieces import pieces

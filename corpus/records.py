@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from configs.schema import FilesSource, HuggingFaceSource
+from configs.corpus import FilesSource, HuggingFaceSource
 from corpus.documents import BadCorpus, Document
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 
-from configs.schema import SplitsConfig
+from configs.corpus import SplitsConfig
 from corpus.documents import normalised
 
 SPLITS = ("train", "router", "stop", "validation", "test")

@@ -1,4 +1,4 @@
-"""A conversation with a base model: plain lines, with `User:` and `Assistant:` before the turns."""
+"""A conversation with a base model at the terminal, and how much of it is read again."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from dipaco.ending import Refused
+from inference.chat_template import conversation, turn
 
-TURN_ENDS = ("\nUser:", "\nAssistant:")
 OPENING = "A conversation between a user and an assistant.\n"
 
 
@@ -34,8 +34,8 @@ class Conversation:
     def prompt(self, said: str, fits: int | None = None) -> str:
         """The text that the model continues to answer `said`; `fits`: with so many of the newest turns (None: all)."""
         kept = self.turns if fits is None else self.turns[len(self.turns) - fits :]
-        lines = [f"User: {asked}\nAssistant: {answered}" for asked, answered in kept]
-        return "\n".join([self.opening.rstrip("\n"), *lines, f"User: {said}", "Assistant:"])
+        lines = [line for asked, answered in kept for line in (turn("user", asked), turn("assistant", answered))]
+        return conversation([self.opening.rstrip("\n"), *lines, turn("user", said)])
 
     def prompt_within(self, said: str, max_tokens: int, count: Callable[[str], int]) -> str:
         """The same with the most turns whose text has at most so many tokens, as `count` tells."""

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 from jaxtyping import Bool, Float64
 
-from configs.routes import parse_route
+from configs.routes import FIXED, parse_route
 from coordinator.evaluation_steps import REPORTED
 from coordinator.plan import BASE, MIXTURE, ROUTER
 from coordinator.snapshot import RunSnapshot
@@ -27,7 +27,7 @@ from coordinator.state import Version
 from corpus.token_file import SequenceIndex, TokenFile, dtype_for, write_token_file
 from dipaco.asking import plain
 from dipaco.cloze_items import CHANCE, ENDINGS, ClozeForm, ClozeItems, cloze_items
-from dipaco.cloze_routes import FIXED, Chooser, Grid, check, depends_on_the_context_alone, intervals_of
+from dipaco.cloze_routes import Chooser, Grid, check, depends_on_the_context_alone, intervals_of
 from dipaco.cloze_score import KEYS, likelihoods, scores
 from dipaco.ending import Refused
 from dipaco.evaluation import HELD_OUT

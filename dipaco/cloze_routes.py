@@ -15,13 +15,12 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Bool, Float64, Int64
 
-from configs.routes import parse_route
+from configs.routes import FIXED, parse_route
 from dipaco.ending import Refused
 from model.topology import Topology
 from routing.prediction import SMALLEST_PRIOR
 from routing.tables import RouteTable
 
-FIXED = "path:"
 FORMS = "sequence, every:W, router:W, likelihood:W, ensemble:N, oracle:sequence, path:I.J"
 
 # Losses (nats) of contexts by chunk, where they are asked for; elsewhere whatever.

@@ -6,8 +6,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from configs.corpus import TokenizerConfig
 from configs.load import load_config
-from configs.schema import TokenizerConfig
 from coordinator.snapshot import RunSnapshot
 from corpus.builder import build_corpus
 from corpus.catalogue import CorpusSummary, SampledDocument, sample, summary

@@ -13,8 +13,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from configs.routes import UnknownRoute, chunk_tokens, parse_route, router_intervals
-from configs.schema import CorpusConfig, FilesSource, SplitsConfig, TokenizerConfig
+from configs.corpus import CorpusConfig, FilesSource, SplitsConfig, TokenizerConfig
+from configs.routes import FIXED, UnknownRoute, chunk_tokens, parse_route, router_intervals
 from coordinator.evaluation_steps import REPORTED
 from coordinator.plan import MIXTURE, ROUTER, blob
 from coordinator.snapshot import RunSnapshot
@@ -32,7 +32,6 @@ from routing.prediction import chosen
 from routing.records import MIN_EVALUATED_TOKENS, Losses, Routes
 from routing.tables import LossTable, RouteTable
 
-FIXED = "path:"
 """And a path id: the route that always takes this path."""
 HELD_OUT = ("validation", "test")
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from configs.routes import Route, parse_route
+from configs.routes import FIXED, Route, parse_route
 from coordinator.plan import BASE, MIXTURE
 from coordinator.snapshot import RunSnapshot
 from coordinator.state import Version
@@ -24,7 +24,6 @@ from routing.router import FeatureRouter, OnePath, Router
 
 __all__ = ["EXAMPLE_PROMPTS", "Continuation", "Wish", "continuations", "routed_examples"]
 
-FIXED = "path:"
 CACHE_BYTES = 2 * 1024**3
 
 

@@ -39,14 +39,7 @@ def make_gateway_app(gateway: Gateway, keys: ApiKeys | None = None) -> Starlette
         keys,
         trouble=lambda: None if any(gateway.up().values()) else "no backend is up",
     )
-    return door.app(
-        [
-            ("POST", "/v1/completions", places.completions),
-            ("POST", "/v1/chat/completions", places.chat),
-            ("GET", "/v1/models", places.models),
-            ("GET", "/v1/models/{name:path}", places.model),
-        ]
-    )
+    return door.app(places)
 
 
 class _Places:

@@ -13,7 +13,8 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from inference.openai_requests import TURN_ENDS, Message, chat_prompt, checked, fields_of, without_nothing
+from inference.chat_template import TURN_ENDS
+from inference.openai_requests import Message, chat_prompt, checked, fields_of, without_nothing
 from inference.prompts import prompts_of, text_of
 from inference.request_errors import BadRequest
 

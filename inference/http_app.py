@@ -32,14 +32,7 @@ def make_app(answering: Answering, keys: ApiKeys | None = None) -> Starlette:
     """The application; with `keys`, all of /v1 needs one of them."""
     places = _Places(answering)
     door = HttpDoor(answering.admission, answering.metrics, keys, lambda: answering.trouble)
-    return door.app(
-        [
-            ("POST", "/v1/completions", places.completions),
-            ("POST", "/v1/chat/completions", places.chat),
-            ("GET", "/v1/models", places.models),
-            ("GET", "/v1/models/{name:path}", places.model),
-        ]
-    )
+    return door.app(places)
 
 
 class _Places:

@@ -8,8 +8,8 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
+from typing import Any, Protocol, TypeVar
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -32,6 +32,18 @@ Endpoint = Callable[[Request], Awaitable[Response]]
 Result = TypeVar("Result")
 
 
+class Places(Protocol):
+    """The endpoints of the OpenAI API that lie behind a door."""
+
+    async def completions(self, request: Request) -> Response: ...
+
+    async def chat(self, request: Request) -> Response: ...
+
+    async def models(self, request: Request) -> Response: ...
+
+    async def model(self, request: Request) -> Response: ...
+
+
 class HttpDoor:
     """Guards places and tells how the server is; `trouble` names why it cannot take requests although it would."""
 
@@ -44,9 +56,15 @@ class HttpDoor:
     ) -> None:
         self._admission, self._metrics, self._keys, self._trouble = admission, metrics, keys, trouble
 
-    def app(self, places: Sequence[tuple[str, str, Endpoint]]) -> Starlette:
-        """The application: guarded places as (method, path, endpoint), and those that need no key."""
-        routes = [Route(path, self.guarded(endpoint), methods=[method]) for method, path, endpoint in places]
+    def app(self, places: Places) -> Starlette:
+        """The application: the places of the API, guarded, and those that need no key."""
+        guarded = [
+            ("POST", "/v1/completions", places.completions),
+            ("POST", "/v1/chat/completions", places.chat),
+            ("GET", "/v1/models", places.models),
+            ("GET", "/v1/models/{name:path}", places.model),
+        ]
+        routes = [Route(path, self.guarded(endpoint), methods=[method]) for method, path, endpoint in guarded]
         routes += [
             Route("/healthz", self.health, methods=["GET"]),
             Route("/readyz", self.readiness, methods=["GET"]),

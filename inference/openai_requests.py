@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from inference.chat_template import TURN_ENDS, conversation, turn
 from inference.prompts import prompts_of, text_of
 from inference.request_errors import BadRequest
 from inference.sampling import Sampling
@@ -128,17 +129,13 @@ def chat_asked(data: bytes) -> Asked:
 
 
 def chat_prompt(messages: Sequence[Message]) -> str:
-    """Instructions as they are, `User:` and `Assistant:` before the turns, and the place of the next answer."""
+    """The text of a conversation, up to the place of the next answer."""
     turns = []
     for message in messages:
         text = message.content if isinstance(message.content, str) else "".join(p.text for p in message.content or [])
-        name = {"user": "User: ", "assistant": "Assistant: "}.get(message.role, "")
-        turns.append(f"{name}{text}".rstrip())
-    return "\n".join([*turns, "Assistant:"])
+        turns.append(turn(message.role, text).rstrip())
+    return conversation(turns)
 
-
-TURN_ENDS = ("\nUser:", "\nAssistant:")
-"""Where the answer of a chat ends beside the stop strings that are asked for."""
 
 BodyOf = TypeVar("BodyOf", bound=BaseModel)
 

@@ -6,12 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from configs.routes import UnknownRoute, parse_route
+from configs.routes import FIXED, UnknownRoute, parse_route
 from corpus.tokenizer import Tokenizer
 from inference.request_errors import BadRequest, UnknownModel
 from model.topology import UnknownPath
 
-FIXED = "path:"
 _USUAL_TOKEN = 16  # characters that any vocabulary may have in one token, such as those for unknown words
 ROUTES = "sequence, every:W, router:W or path:I.J"
 BASE_MODEL_NOTE = "a base model: it continues text and was not trained to follow instructions"

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
-from configs.schema import CorpusConfig, Experiment
+from configs.corpus import CorpusConfig
+from configs.schema import Experiment
 from dipaco.cloze_items import ENDINGS
 from model.layout import num_parameters
 from model.topology import Topology

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from configs.routes import FIXED
 from configs.schema import Experiment
 from coordinator.plan import BASE, MIXTURE
 from coordinator.snapshot import RunSnapshot
@@ -22,7 +23,6 @@ from model.topology import Topology
 from scripts.experiment_cloze import FoundCloze
 from scripts.experiment_table import DIPACO, MIXTURES, RANDOM, UNROUTED
 
-_FIXED = "path:"
 _FAILED = re.compile(r"task \S+ failed \d+ times \((.+)\)")
 _NOT_FINITE = "NonFiniteStep: "
 """What a worker puts before the sentence of a step that was not finite (worker/leased_task.py)."""
@@ -36,7 +36,7 @@ def asked(routes: Iterable[str], experiment: Experiment) -> list[str]:
     names: set[str] = set()
     for route in routes:
         if route == RANDOM:
-            names.update(_FIXED + topology.path_id(path_index) for path_index in range(topology.num_paths))
+            names.update(FIXED + topology.path_id(path_index) for path_index in range(topology.num_paths))
         else:
             names.add("sequence" if route == UNROUTED else route)
     return sorted(names)
@@ -82,7 +82,7 @@ class Measurement:
         if model not in MIXTURES:
             return [measured] if not isinstance(measured, dict) else []
         if route == RANDOM:
-            return [value for name, value in measured.items() if name.startswith(_FIXED)]
+            return [value for name, value in measured.items() if name.startswith(FIXED)]
         name = "sequence" if route == UNROUTED else route
         return [measured[name]] if name in measured else []
 

@@ -19,8 +19,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from configs.corpus import FilesSource
 from configs.load import NUMERICS_VERSION, InvalidConfig, load_config, to_yaml
-from configs.schema import Experiment, FilesSource
+from configs.schema import Experiment
 from model.store import write_whole
 from scripts.experiment_cloze import FoundCloze
 from scripts.experiment_cost import TEST

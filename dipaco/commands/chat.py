@@ -39,10 +39,11 @@ def chat(
     from rich.text import Text
 
     from coordinator.snapshot import RunSnapshot
-    from dipaco.chatting import TURN_ENDS, Conversation, room_for_turns
+    from dipaco.chatting import Conversation, room_for_turns
     from dipaco.early_stopping import version_named
     from dipaco.examples import Desk, Wish
     from dipaco.writing import show
+    from inference.chat_template import TURN_ENDS
     from inference.sampling import Sampling
 
     ends = (*(stop or ()), *(() if plain else TURN_ENDS))

@@ -7,14 +7,12 @@ from typing import Annotated
 
 import typer
 
-from dipaco.commands.options import Json, Run, VersionName
+from dipaco.commands.options import Json, Run, Split, VersionName
 
 
 def cloze(
     run: Run,
-    split: Annotated[
-        str | None, typer.Option(help="validation or test: the held-out split; the run's evaluation.split by default.")
-    ] = None,
+    split: Split = None,
     route: Annotated[
         list[str] | None,
         typer.Option(

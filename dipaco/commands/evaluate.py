@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from dipaco.commands.options import Json, Run, VersionName
+from dipaco.commands.options import Json, Run, Split, VersionName
 
 
 def evaluate(
@@ -16,9 +16,7 @@ def evaluate(
     data: Annotated[
         Path | None, typer.Option(help="Text to measure instead of the run's held-out split (.jsonl, .parquet, .txt).")
     ] = None,
-    split: Annotated[
-        str | None, typer.Option(help="validation or test: the held-out split; the run's evaluation.split by default.")
-    ] = None,
+    split: Split = None,
     route: Annotated[
         list[str] | None,
         typer.Option(

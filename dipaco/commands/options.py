@@ -13,6 +13,9 @@ ConfigFile = Annotated[
 RunDir = Annotated[Path | None, typer.Option(help="Where the run is kept; runs/<config name> by default.")]
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="Run directory, such as runs/quickstart.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+Split = Annotated[
+    str | None, typer.Option(help="validation or test: the held-out split; the run's evaluation.split by default.")
+]
 VersionName = Annotated[
     str | None,
     typer.Option("--version", help="Of every path: last, or best (where the run has experiment.early_stopping)."),

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from configs.schema import CorpusConfig, FilesSource, InstalledSource, SplitsConfig, TokenizerConfig
+from configs.corpus import CorpusConfig, FilesSource, InstalledSource, SplitsConfig, TokenizerConfig
 from corpus.builder import build_corpus, tokenize_range
 from corpus.documents import BadCorpus
 from corpus.manifest import CorpusManifest

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from configs.schema import FilesSource
+from configs.corpus import FilesSource
 from corpus.documents import BadCorpus, Document
 from corpus.files import documents
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from configs.schema import TokenizerConfig
+from configs.corpus import TokenizerConfig
 from corpus.gguf_vocabulary import InexpressibleTokenizer, TokenKind, gguf_remark, gguf_vocabulary
 from corpus.tokenizer import Tokenizer, byte_tokenizer, train_bpe
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from configs.schema import HuggingFaceSource
+from configs.corpus import HuggingFaceSource
 from corpus.documents import BadCorpus
 from corpus.hugging_face import documents
 

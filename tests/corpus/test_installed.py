@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from configs.schema import InstalledSource
+from configs.corpus import InstalledSource
 from corpus import installed
 from corpus.documents import Document
 

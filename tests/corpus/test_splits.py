@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from configs.schema import SplitsConfig
+from configs.corpus import SplitsConfig
 from corpus.documents import document_id
 from corpus.splits import SPLITS, split_of
 

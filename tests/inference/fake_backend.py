@@ -11,7 +11,6 @@ from types import TracebackType
 from typing import Any
 
 WORDS = ("one ", "two ", "three ", "four ")
-PATIENCE_S = 60.0
 
 
 class FakeBackend:

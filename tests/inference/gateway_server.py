@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import threading
-from collections.abc import Callable
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -26,7 +23,8 @@ from routing.artefact import RouterArtefact, one_module, write_router
 from routing.clusters import Clusters, Group
 from routing.features import features_of, first_prefix
 from tests.inference.fake_backend import FakeBackend
-from tests.inference.text_server import PATIENCE_S, PREFIX_TOKENS, SHAPE
+from tests.inference.served_thread import ServedThread
+from tests.inference.text_server import PREFIX_TOKENS, SHAPE
 
 PATHS = ("0.0", "0.1", "1.0", "1.1")
 PROMPTS = ("stir the onions", "def return self", "whereas the party", "12.5 0.0031 77")
@@ -61,7 +59,7 @@ def ranked(artefact: RouterArtefact, prompt: str) -> list[str]:
     return [PATHS[index] for index in np.argsort(-posterior, kind="stable")]
 
 
-class GatewayServer:
+class GatewayServer(ServedThread):
     """Open while it is entered, in front of `backends` by path."""
 
     def __init__(
@@ -75,6 +73,7 @@ class GatewayServer:
         doors: dict[str, Any] | None = None,
         **patience: float,
     ) -> None:
+        super().__init__()
         written: dict[str, Any] = {
             path: {"url": backend.url, "model": backend.model} for path, backend in backends.items()
         }
@@ -84,53 +83,29 @@ class GatewayServer:
             backend["ca_file"] = str(authority)
         file.write_text(yaml.safe_dump({"backends": written, **patience}), encoding="utf-8")
         self.said: list[str] = []
-        self.whole: bool | None = None
         self.opened: OpenDoors
         self.gateway: Gateway
         self._router, self._offer = router, GatewayOffer(config=file, name="mix", **(offer or {}))
         self._doors = Doors(**{"http": "127.0.0.1:0", **(doors or {})})
-        self._ready = threading.Event()
-        self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()), daemon=True)
 
     @property
     def url(self) -> str:
         return f"http://{self.opened.http}/v1"
 
+    def __str__(self) -> str:
+        return f"a gateway that said {self.said}"
+
     def stop(self) -> None:
-        """As the first signal does; the second one, the second time."""
         self._loop.call_soon_threadsafe(self._signals.hear)
 
-    def until(self, condition: Callable[[], bool]) -> None:
-        """Wait for a condition."""
-        pause, waited = threading.Event(), 0.0
-        while not condition():
-            assert waited < PATIENCE_S, f"waited in vain; said: {self.said}"
-            pause.wait(0.01)
-            waited += 0.01
+    def cut(self) -> None:
+        self.stop()
 
-    def joined(self) -> bool:
-        """Wait for the end; whether all was answered."""
-        self._thread.join(PATIENCE_S)
-        assert not self._thread.is_alive()
-        assert self.whole is not None
-        return self.whole
-
-    def __enter__(self) -> GatewayServer:
-        self._thread.start()
-        assert self._ready.wait(PATIENCE_S)
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        if self._thread.is_alive():
-            self.stop()
-            self.stop()
-        self.joined()
-
-    async def _serve(self) -> None:
+    async def serve(self) -> None:
         self._loop, self._signals = asyncio.get_running_loop(), Signals()
 
         def ready(opened: OpenDoors, gateway: Gateway) -> None:
             self.opened, self.gateway = opened, gateway
-            self._ready.set()
+            self.ready.set()
 
         self.whole = await gateway_until(self._signals, self._router, self._doors, self._offer, self.said.append, ready)

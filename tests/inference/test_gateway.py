@@ -18,7 +18,7 @@ pytest.importorskip("starlette", reason="needs the extra `serve`")
 openai = pytest.importorskip("openai", reason="needs the extra `dev`")
 
 from inference.api_keys import ApiKeys  # noqa: E402
-from inference.openai_requests import TURN_ENDS  # noqa: E402
+from inference.chat_template import TURN_ENDS  # noqa: E402
 from protocol.certificates import write_certificates  # noqa: E402
 from routing.artefact import RouterArtefact  # noqa: E402
 from tests.inference.fake_backend import WORDS, FakeBackend  # noqa: E402

@@ -19,8 +19,8 @@ pytest.importorskip("starlette", reason="needs the extra `serve`")
 openai = pytest.importorskip("openai", reason="needs the extra `dev`")
 httpx2 = pytest.importorskip("httpx2", reason="comes with openai")
 
+from inference.chat_template import TURN_ENDS  # noqa: E402
 from inference.engine import Request  # noqa: E402
-from inference.openai_requests import TURN_ENDS  # noqa: E402
 from inference.sampling import Sampling  # noqa: E402
 from inference.served_model import Limits  # noqa: E402
 from tests.inference.text_server import NAME, Held, TextServer, TinyModel  # noqa: E402

@@ -7,7 +7,6 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -28,10 +27,10 @@ from model.layout import module_spec
 from model.store import BlobStore
 from model.topology import Topology
 from routing.router import RouteState
+from tests.inference.served_thread import PATIENCE_S, ServedThread
 
 NAME = "tiny"
 PREFIX_TOKENS = 8
-PATIENCE_S = 60.0
 SHAPE = ModelConfig(
     blocks=2, hidden_size=32, heads=4, kv_heads=2, intermediate_size=48, sequence_length=128, init_std=0.3
 )
@@ -110,17 +109,15 @@ class Held:
         return self._engine.submit(request, later, failed)
 
 
-class TextServer:
+class TextServer(ServedThread):
     """Open while it is entered; what is asked of it from outside happens in its loop."""
 
     def __init__(self, model: TinyModel, limits: Limits | None = None, engine: Any = None, **doors: Any) -> None:
+        super().__init__()
         self.limits = limits or Limits(prompt_tokens=SHAPE.sequence_length - 1, new_tokens=SHAPE.sequence_length)
         self.model = model
         self.engine = engine or model.engine(self.limits.running, self.limits.waiting)
         self._doors = Doors(**{"http": "127.0.0.1:0", "grpc": "127.0.0.1:0", **doors})
-        self._ready = threading.Event()
-        self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()), daemon=True)
-        self.whole: bool | None = None
         self.opened: OpenDoors
         self.answering: Answering
 
@@ -130,45 +127,17 @@ class TextServer:
         return f"{scheme}://{self.opened.http}/v1"
 
     def stop(self) -> None:
-        """As the first signal does."""
         self._loop.call_soon_threadsafe(self._stop.set)
 
     def cut(self) -> None:
-        """As the second signal does."""
         self._loop.call_soon_threadsafe(self._cut.set)
-
-    def until(self, condition: Callable[[], bool]) -> None:
-        """Wait for a condition."""
-        pause, waited = threading.Event(), 0.0
-        while not condition():
-            assert waited < PATIENCE_S, "waited in vain"
-            pause.wait(0.01)
-            waited += 0.01
 
     def idle(self) -> bool:
         """Whether the engine has nothing to do."""
         stats = self.engine.stats()
         return stats.running == stats.waiting == 0 and not self.answering.open_answers
 
-    def joined(self) -> bool:
-        """Wait for the end; whether all was answered."""
-        self._thread.join(PATIENCE_S)
-        assert not self._thread.is_alive()
-        assert self.whole is not None
-        return self.whole
-
-    def __enter__(self) -> TextServer:
-        self._thread.start()
-        assert self._ready.wait(PATIENCE_S)
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        if self._thread.is_alive():
-            self.stop()
-            self.cut()
-        self.joined()
-
-    async def _serve(self) -> None:
+    async def serve(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._stop, self._cut = asyncio.Event(), asyncio.Event()
         served = ServedModel(NAME, self.model.topology, self.model.tokenizer, 0, True, False, "snapshot-0")
@@ -176,7 +145,7 @@ class TextServer:
         self.answering = Answering(self.engine, served, self.limits, metrics)
         metrics.follow(self.engine.stats, lambda: self.answering.open_answers)
         self.opened = await open_doors(self.answering, self._doors)
-        self._ready.set()
+        self.ready.set()
         await self._stop.wait()
         self.whole = await self.opened.stop(self._cut)
         await asyncio.to_thread(self.engine.close, self.whole)
